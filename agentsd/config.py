@@ -1,0 +1,234 @@
+"""What to do to which layers, and when: `AgentSDConfig`, its phases, presets and YAML."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+ATTENTIONS = ("agent", "merge", "kv", "stock")
+AGENTS = ("merge", "pool")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What happens in one part of the noise schedule.
+
+    Args:
+        until: progress at which the phase ends, `progress = 1 − t / num_train_timesteps`; it is in force while
+            progress < until.
+        attention: `agent` is AgentSD's agent attention on merged tokens, `merge` is ToMe for SD, `kv` is attention of
+            every query to size-weighted groups of keys and
+            values, `stock` leaves the layer alone.
+        ratio: share of the tokens that are merged away, at most 1 − 1/(sx·sy); None is the configuration's. Plays no
+            part in `kv`.
+        stride: cells in which one token is a destination, one number or (sx, sy) along width and height.
+        agent_ratio: share of the tokens folded to make agents (`agents="merge"`); 0.95 folds all sources.
+        agents: agents are `merge`d tokens or `pool`ed queries, one per cell.
+        proportional: weigh merged keys by the number of tokens they stand for (`agent`: in the aggregation; `merge`).
+        k_scale2: scale of the second product of `agent` is d^(-0.5·k_scale2).
+        k_shortcut: share of the values added to the output of `agent`.
+        levels: resolutions covered: 1 is the latent grid, 2 half of it …; None is the finest at which the model has
+            self-attention.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    until: float = 1.0
+    attention: Literal["agent", "merge", "kv", "stock"] = "agent"
+    ratio: float | None = None
+    stride: int | tuple[int, int] = 4
+    agent_ratio: float = 0.95
+    agents: Literal["merge", "pool"] = "merge"
+    proportional: bool = False
+    k_scale2: float = 0.3
+    k_shortcut: float = 0.075
+    levels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "levels"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        _number("until", self.until, 0, 1)
+        _choice("attention", self.attention, ATTENTIONS)
+        _choice("agents", self.agents, AGENTS)
+        pair = self.stride if isinstance(self.stride, tuple) else (self.stride, self.stride)
+        if (
+            len(pair) != 2
+            or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in pair)
+            or pair == (1, 1)
+        ):
+            raise ValueError(
+                f"stride is {self.stride!r}; it must be a whole number from 2, or a pair (sx, sy) other than (1, 1)"
+            )
+        if self.ratio is not None:
+            self.check_ratio(self.ratio)
+        _number("agent_ratio", self.agent_ratio, 0, 1)
+        _boolean("proportional", self.proportional)
+        _number("k_scale2", self.k_scale2, 0, 10)
+        _number("k_shortcut", self.k_shortcut, 0, 10)
+        if self.levels is not None and (
+            not isinstance(self.levels, tuple)
+            or not self.levels
+            or any(isinstance(level, bool) or not isinstance(level, int) or level < 1 for level in self.levels)
+        ):
+            raise ValueError(f"levels is {self.levels!r}; it must be null or a list of whole numbers from 1")
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Height and width of a cell, (sy, sx)."""
+        sx, sy = self.stride if isinstance(self.stride, tuple) else (self.stride, self.stride)
+        return sy, sx
+
+    def check_ratio(self, ratio: float) -> None:
+        """Raise ValueError if so many tokens cannot be merged away at this stride."""
+        sy, sx = self.cell
+        limit = 1 - 1 / (sy * sx)
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= limit:
+            raise ValueError(f"ratio is {ratio!r}; with stride {self.stride} it must be a number from 0 to {limit:.6g}")
+
+
+PAPER = (
+    Phase(until=0.4, attention="agent", stride=4, agent_ratio=0.95, k_scale2=0.3, k_shortcut=0.075),
+    Phase(until=1.0, attention="merge", stride=2),
+)
+
+
+@dataclass(frozen=True)
+class AgentSDConfig:
+    """The whole configuration; the default is AgentSD as published, preset `paper`.
+
+    Args:
+        ratio: default share of merged tokens for every phase that sets none.
+        phases: in order of `until`; the last one ends at 1.
+        use_rand: random place of the destination in its cell; otherwise its top-left corner.
+        seed: decides the random places, together with the timestep alone.
+        controlnet: accelerate the pipeline's ControlNets too.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    ratio: float = 0.4
+    phases: tuple[Phase, ...] = field(default=PAPER)
+    use_rand: bool = True
+    seed: int = 0
+    controlnet: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        _number("ratio", self.ratio, 0, 1)
+        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise ValueError(f"phases is {self.phases!r}; it must be a list of at least one Phase")
+        ends = [phase.until for phase in self.phases]
+        if sorted(set(ends)) != ends or ends[-1] != 1:
+            raise ValueError(f"phases end at {ends}; until must rise from phase to phase and be 1 in the last")
+        for phase in self.phases:
+            if phase.attention in ("agent", "merge"):
+                phase.check_ratio(self.ratio_of(phase))
+        _boolean("use_rand", self.use_rand)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**64 - 1")
+        _boolean("controlnet", self.controlnet)
+
+    def ratio_of(self, phase: Phase) -> float:
+        """The share of tokens that `phase` merges away."""
+        return self.ratio if phase.ratio is None else phase.ratio
+
+    def replace(self, **overrides: Any) -> "AgentSDConfig":
+        """A copy with some fields replaced."""
+        _known("configuration", overrides, AgentSDConfig)
+        return replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+        return dict(plain(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AgentSDConfig":
+        """The inverse of `to_dict`; fields left out keep their defaults."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"the configuration is {values!r}; it must be a mapping of field names to values")
+        _known("configuration", values, cls)
+        values = dict(values)
+        if "phases" in values:
+            if not isinstance(values["phases"], list | tuple) or not all(
+                isinstance(p, Mapping) for p in values["phases"]
+            ):
+                raise ValueError(f"phases is {values['phases']!r}; it must be a list of mappings")
+            for phase in values["phases"]:
+                _known("phase", phase, Phase)
+            values["phases"] = tuple(Phase(**phase) for phase in values["phases"])
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "AgentSDConfig":
+        """Read YAML as `to_file` writes it and the presets are written.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not YAML, has an unknown key or a value that is not allowed; the message names the file.
+        """
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_file(self, path: str | Path) -> None:
+        """Write YAML that `from_file` reads back to an equal configuration."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".part")
+        partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names of the presets that come with the package."""
+        folder = files("agentsd") / "configs"
+        return tuple(
+            sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+        )
+
+    @classmethod
+    def from_preset(cls, name: str) -> "AgentSDConfig":
+        """The preset of that name.
+
+        Raises:
+            ValueError: there is none; the message lists those there are.
+        """
+        if name not in cls.presets():
+            raise ValueError(f"preset is {name!r}; it must be one of {', '.join(cls.presets())}")
+        text = (files("agentsd") / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        return cls.from_dict(yaml.safe_load(text))
+
+
+def _known(what: str, values: Mapping[str, Any], kind: type) -> None:
+    allowed = [item.name for item in fields(kind)]
+    if unknown := [key for key in values if key not in allowed]:
+        raise ValueError(f"{what} has no field {unknown[0]!r}; its fields are {', '.join(allowed)}")

@@ -1,0 +1,242 @@
+"""Putting the acceleration on a model and taking it off: finding layers, hooks, restoring."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from agentsd.config import AgentSDConfig, Phase
+from agentsd.merging import destinations, step_key
+from agentsd.processor import AgentSDProcessor, Plan, obstacle
+from agentsd.schedule import Clock, phase_at, progress
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A spatial self-attention layer of a model."""
+
+    name: str
+    level: int
+    block: BasicTransformerBlock
+
+
+def block_levels(model: nn.Module) -> dict[str, int]:
+    """The level of each block: 1 at the latent grid, one more after a downsampler, one less after an upsampler."""
+    levels, level = {}, 1
+    for index, block in enumerate(getattr(model, "down_blocks", ())):
+        levels[f"down_blocks.{index}"] = level
+        level += bool(getattr(block, "downsamplers", None))
+    levels["mid_block"] = level
+    for index, block in enumerate(getattr(model, "up_blocks", ())):
+        levels[f"up_blocks.{index}"] = level
+        level -= bool(getattr(block, "upsamplers", None))
+    return levels
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every spatial self-attention layer, in the order of the modules; temporal ones are not spatial."""
+    levels = block_levels(model)
+    layers = []
+    for name, module in model.named_modules():
+        part = next((part for part in levels if name.startswith(part + ".")), None)
+        if isinstance(module, Transformer2DModel) and part is not None:
+            for index, block in enumerate(module.transformer_blocks):
+                if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention:
+                    layers.append(Layer(f"{name}.transformer_blocks.{index}.attn1", levels[part], block))
+    return layers
+
+
+def level_grid(sample: tuple[int, int], level: int) -> tuple[int, int]:
+    """Height and width of the token grid of a level: each downsampler halves, rounding up."""
+    scale = 1 << (level - 1)
+    return -(-sample[0] // scale), -(-sample[1] // scale)
+
+
+class Patch:
+    """The acceleration of one UNet or ControlNet: its layers, its hooks and what the call in progress is to do."""
+
+    def __init__(self, model: nn.Module, config: AgentSDConfig, num_train_timesteps: int) -> None:
+        self.model = model
+        self.config = config
+        self.num_train_timesteps = num_train_timesteps
+        self.enabled = True
+        self.clock = Clock()
+        self.plans: dict[int, Plan] = {}
+        self.sample: tuple[int, int] | None = None
+        self.layers = find_layers(model)
+        self.finest = min((layer.level for layer in self.layers), default=0)
+        covered = {level for phase in config.phases if phase.attention != "stock" for level in self.levels(phase)}
+        self.covered = [layer for layer in self.layers if layer.level in covered]
+        present = sorted({layer.level for layer in self.layers})
+        if not self.layers:
+            raise ValueError(f"{type(model).__name__} has no spatial self-attention layer to accelerate")
+        if not self.covered and any(phase.attention != "stock" for phase in config.phases):
+            asked = [list(phase.levels or ()) for phase in config.phases if phase.attention != "stock"]
+            raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")
+        self.handles = {"": model.register_forward_pre_hook(self.before_call, with_kwargs=True)}
+        for layer in self.covered:
+            self.wrap(layer)
+
+    def levels(self, phase: Phase) -> tuple[int, ...]:
+        """The levels that a phase covers in this model."""
+        return (self.finest,) if phase.levels is None else phase.levels
+
+    def wrap(self, layer: Layer) -> None:
+        """Put the acceleration around the processor that the layer has now."""
+        inner = layer.block.attn1.processor
+        if isinstance(inner, AgentSDProcessor):
+            inner = inner.inner
+        if layer.name in self.handles:
+            self.handles.pop(layer.name).remove()
+        if obstacle(layer.block.attn1, inner) is None:
+            processor = AgentSDProcessor(inner, self.plans, layer.level)
+            layer.block.attn1.set_processor(processor)
+            self.handles[layer.name] = layer.block.norm1.register_forward_pre_hook(processor.remember)
+
+    def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: decide what each level does in this call."""
+        self.plans.clear()
+        if not self.enabled:
+            return
+        for layer in self.covered:
+            # Something (an IP-Adapter, an xformers or slicing toggle) may have put a processor of its own in the
+            # place of ours.
+            if getattr(layer.block.attn1.processor, "plans", None) is not self.plans:
+                self.wrap(layer)
+        sample: Tensor = args[0] if args else kwargs["sample"]
+        timestep = self.clock.read(args[1] if len(args) > 1 else kwargs["timestep"])
+        phase = phase_at(self.config.phases, progress(timestep, self.num_train_timesteps))
+        self.sample = (sample.shape[-2], sample.shape[-1])
+        if phase.attention == "stock":
+            return
+        key = step_key(self.config.seed, timestep) if self.config.use_rand else None
+        for level in self.levels(phase):
+            grid = level_grid(self.sample, level)
+            places = destinations(grid, phase.cell, key, sample.device)
+            self.plans[level] = Plan(phase, self.config.ratio_of(phase), grid, places)
+
+    def remove(self) -> None:
+        """Give every layer its processor back and take the hooks off."""
+        self.plans.clear()
+        for handle in self.handles.values():
+            handle.remove()
+        for layer in self.covered:
+            if isinstance(processor := layer.block.attn1.processor, AgentSDProcessor):
+                layer.block.attn1.set_processor(processor.inner)
+
+
+def networks(model: Any, controlnet: bool = True) -> list[nn.Module]:
+    """The UNet and the ControlNets of a pipeline, or the network itself."""
+    if isinstance(model, nn.Module):
+        return list(model.nets) if isinstance(model, MultiControlNetModel) else [model]
+    found = [net for name in ("unet", "controlnet") if isinstance(net := getattr(model, name, None), nn.Module)]
+    if not found:
+        raise ValueError(
+            f"model is a {type(model).__name__}; it must be a diffusers pipeline with a UNet, a UNet or a ControlNet"
+        )
+    return [net for part in (found if controlnet else found[:1]) for net in networks(part)]
+
+
+def stock_module(net: nn.Module) -> nn.Module:
+    """The module itself, where torch.compile has wrapped it."""
+    return getattr(net, "_orig_mod", net)
+
+
+def patch_of(net: nn.Module) -> Patch | None:
+    """The patch on a network, found by its hook."""
+    for hook in stock_module(net)._forward_pre_hooks.values():
+        if isinstance(patch := getattr(hook, "__self__", None), Patch):
+            return patch
+    return None
+
+
+def apply(model: Model, config: AgentSDConfig | str | None = None, /, **overrides: Any) -> Model:
+    """Accelerate the self-attention of a model. Applying again replaces the configuration.
+
+    Args:
+        model: a diffusers pipeline with a UNet (its ControlNets are accelerated too, unless `controlnet=False`), a
+            UNet or a ControlNet.
+        config: the configuration, or the name of a preset; None is `AgentSDConfig()`, AgentSD as published.
+        **overrides: fields of the configuration to replace, for example `ratio=0.5`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a value is out of range, or the model has no layer that the configuration covers.
+
+    Example:
+        ```python
+        pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        agentsd.apply(pipe, ratio=0.4)
+        image = pipe("a photo of an astronaut riding a horse on mars").images[0]
+        agentsd.remove(pipe)
+        ```
+    """
+    if isinstance(config, str):
+        config = AgentSDConfig.from_preset(config)
+    config = (config or AgentSDConfig()).replace(**overrides)
+    nets = [stock_module(net) for net in networks(model, config.controlnet)]
+    scheduler = getattr(model, "scheduler", None)
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    previous = [(net, patch) for net in map(stock_module, networks(model)) if (patch := patch_of(net))]
+    remove(model)
+    done: list[nn.Module] = []
+    try:
+        for net in nets:
+            Patch(net, config, steps)
+            done.append(net)
+    except ValueError:
+        for net in done:
+            remove(net)
+        for net, patch in previous:
+            Patch(net, patch.config, patch.num_train_timesteps)
+        raise
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take the acceleration off: the model is stock again, bit for bit. Does nothing where it is not applied."""
+    for net in networks(model):
+        if patch := patch_of(net):
+            patch.remove()
+    return model
+
+
+def is_applied(model: Any) -> bool:
+    """Whether any network of the model is accelerated."""
+    return any(patch_of(net) for net in networks(model))
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Context in which an accelerated model computes as stock."""
+    patches = [patch for net in networks(model) if (patch := patch_of(net))]
+    before = [patch.enabled for patch in patches]
+    try:
+        for patch in patches:
+            patch.enabled = False
+        yield model
+    finally:
+        for patch, enabled in zip(patches, before, strict=True):
+            patch.enabled = enabled
+
+
+@contextmanager
+def applied(model: Model, config: AgentSDConfig | str | None = None, /, **overrides: Any) -> Iterator[Model]:
+    """Context in which a model is accelerated; afterwards it is what it was before."""
+    previous = [(net, patch.config, patch.num_train_timesteps) for net in networks(model) if (patch := patch_of(net))]
+    apply(model, config, **overrides)
+    try:
+        yield model
+    finally:
+        remove(model)
+        for net, old, steps in previous:
+            Patch(stock_module(net), old, steps)

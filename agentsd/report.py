@@ -1,0 +1,138 @@
+"""What the acceleration does to each layer, as numbers and as a table."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from agentsd.config import AgentSDConfig, Phase
+from agentsd.patch import Layer, Patch, find_layers, level_grid, networks, patch_of, stock_module
+from agentsd.processor import AgentSDProcessor, Counts, counts, obstacle
+
+_STOCK = Phase(attention="stock")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One self-attention layer.
+
+    Attributes:
+        name: module name, behind the class of its network.
+        level: 1 is the latent grid, 2 half of it …
+        grid: height and width of the token grid.
+        tokens: number of tokens.
+        phases: what each phase does here.
+        channels: width of the attention.
+        note: why the layer is left alone, if it is although the configuration covers it.
+    """
+
+    name: str
+    level: int
+    grid: tuple[int, int]
+    tokens: int
+    phases: tuple[Counts, ...]
+    channels: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `describe`; prints as a table."""
+
+    config: AgentSDConfig | None
+    layers: tuple[LayerReport, ...]
+
+    def _shares(self) -> list[float]:
+        ends = [phase.until for phase in self.config.phases] if self.config else [1.0]
+        return [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+
+    def saved(self, layer: LayerReport | None = None) -> float:
+        """Share of the attention products' multiply-adds saved over the schedule, by one layer or by all."""
+        layers = self.layers if layer is None else (layer,)
+        stock = sum(2 * row.tokens**2 * row.channels for row in layers)
+        done = sum(
+            share * what.work() * row.channels
+            for row in layers
+            for share, what in zip(self._shares(), row.phases, strict=True)
+        )
+        return 1 - done / stock
+
+    def __str__(self) -> str:
+        if self.config is None:
+            return f"not applied; {len(self.layers)} spatial self-attention layers"
+        starts = [0.0, *(phase.until for phase in self.config.phases)]
+        heads = [f"{start:g}–{phase.until:g}" for start, phase in zip(starts, self.config.phases, strict=False)]
+        table = [["layer", "level", "grid", "tokens", *heads, "saved"]]
+        for row in self.layers:
+            cells = (
+                [f"left alone: {row.note}"] * len(row.phases)
+                if row.note
+                else [_words(what, row.tokens) for what in row.phases]
+            )
+            grid = f"{row.grid[0]}×{row.grid[1]}"
+            table.append([row.name, str(row.level), grid, str(row.tokens), *cells, f"{self.saved(row):.0%}"])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        lines.append(f"saved of all self-attention products over the schedule: {self.saved():.0%}")
+        return "\n".join(lines)
+
+
+def _words(what: Counts, tokens: int) -> str:
+    if what.attention == "agent":
+        return f"agent: {what.queries} tokens, {what.agents} agents"
+    if what.attention == "merge":
+        return f"merge: {what.queries} tokens"
+    return f"kv: {what.keys} agents" if what.attention == "kv" else "stock"
+
+
+def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None) -> LayerReport:
+    grid = level_grid(sample, layer.level)
+    attn = layer.block.attn1
+    phases = patch.config.phases if patch else (_STOCK,)
+    covers = [patch is not None and layer.level in patch.levels(phase) for phase in phases]
+    inner = attn.processor.inner if isinstance(attn.processor, AgentSDProcessor) else attn.processor
+    note = (obstacle(attn, inner) or "") if any(covers) else ""
+    done = tuple(
+        counts(phase if covered and not note else _STOCK, patch.config.ratio_of(phase) if patch else 0.0, grid)
+        for phase, covered in zip(phases, covers, strict=True)
+    )
+    return LayerReport(f"{prefix}.{layer.name}", layer.level, grid, grid[0] * grid[1], done, attn.inner_dim, note)
+
+
+def _sample_size(net: nn.Module, patch: Patch | None) -> tuple[int, int]:
+    size = patch.sample if patch and patch.sample else getattr(net.config, "sample_size", None) or 64
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def describe(model: Any) -> Report:
+    """What the acceleration does to a model, layer by layer, at the size of its last call (before the first: its
+    configured size).
+
+    Args:
+        model: a pipeline, UNet or ControlNet, accelerated or not.
+
+    Returns:
+        A report with one row per spatial self-attention layer; `print(describe(pipe))` shows it as a table.
+    """
+    rows = []
+    config = None
+    sample: tuple[int, int] | None = None
+    for net in map(stock_module, networks(model)):
+        patch = patch_of(net)
+        config = config or (patch.config if patch else None)
+        sample = sample or _sample_size(net, patch)
+        prefix = "controlnet" if "ControlNet" in type(net).__name__ else "unet"
+        rows += [_row(prefix, layer, sample, patch) for layer in find_layers(net)]
+    if config:
+        rows = [_padded(row, len(config.phases)) for row in rows]
+    return Report(config, tuple(rows))
+
+
+def _padded(row: LayerReport, phases: int) -> LayerReport:
+    """A network that is left stock beside accelerated ones has one column for each of their phases."""
+    if len(row.phases) == phases:
+        return row
+    return LayerReport(row.name, row.level, row.grid, row.tokens, row.phases[:1] * phases, row.channels, row.note)

@@ -1,0 +1,46 @@
+"""From a timestep of the noise schedule to the phase in force."""
+
+import torch
+from torch import Tensor
+
+from agentsd.config import Phase
+
+
+def progress(timestep: float, num_train_timesteps: int) -> float:
+    """How far denoising has come: 0 at pure noise, 1 at the image."""
+    return 1 - timestep / num_train_timesteps
+
+
+def phase_at(phases: tuple[Phase, ...], at: float) -> Phase:
+    """The phase in force at a progress: the first that ends after it, or the last."""
+    return next((phase for phase in phases if at < phase.until), phases[-1])
+
+
+class Clock:
+    """Reads timesteps from the device once per image.
+
+    A pipeline hands the UNet one element after another of the scheduler's tensor of timesteps. The whole tensor is
+    read when its first
+    element is seen; the later ones are found by their place in the same storage, without waiting for the device.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.UntypedStorage, int, torch.dtype] | None = None
+        self._values: list[float] = []
+
+    def read(self, timestep: Tensor | float) -> float:
+        """The timestep as a number; of a batch of timesteps, the first."""
+        if not isinstance(timestep, Tensor):
+            return float(timestep)
+        storage = timestep.untyped_storage()
+        # A write into the tensor changes its version, unless it is an inference tensor, which has none.
+        version = -1 if timestep.is_inference() else timestep._version
+        if (
+            self._last is None
+            or self._last[0].data_ptr() != storage.data_ptr()
+            or self._last[1:] != (version, timestep.dtype)
+        ):
+            whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device)
+            self._values = whole.set_(storage).tolist()
+            self._last = storage, version, timestep.dtype
+        return float(self._values[timestep.storage_offset()])
