@@ -3,17 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.merging import destinations, step_key
 from agentsd.processor import AgentSDProcessor, Plan, obstacle
 from agentsd.schedule import Clock, phase_at, progress
+
+if TYPE_CHECKING:
+    from diffusers.models.attention import BasicTransformerBlock
 
 Model = TypeVar("Model")
 
@@ -24,7 +24,7 @@ class Layer:
 
     name: str
     level: int
-    block: BasicTransformerBlock
+    block: "BasicTransformerBlock"
 
 
 def block_levels(model: nn.Module) -> dict[str, int]:
@@ -42,6 +42,10 @@ def block_levels(model: nn.Module) -> dict[str, int]:
 
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every spatial self-attention layer, in the order of the modules; temporal ones are not spatial."""
+    # Imported here: diffusers' model classes bring transformers with them, which `import agentsd` should not.
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
     levels = block_levels(model)
     layers = []
     for name, module in model.named_modules():
@@ -135,7 +139,8 @@ class Patch:
 def networks(model: Any, controlnet: bool = True) -> list[nn.Module]:
     """The UNet and the ControlNets of a pipeline, or the network itself."""
     if isinstance(model, nn.Module):
-        return list(model.nets) if isinstance(model, MultiControlNetModel) else [model]
+        nets = getattr(model, "nets", None)
+        return list(nets) if isinstance(nets, nn.ModuleList) else [model]
     found = [net for name in ("unet", "controlnet") if isinstance(net := getattr(model, name, None), nn.Module)]
     if not found:
         raise ValueError(

@@ -1,24 +1,17 @@
 """The attention processor that puts merging and agent attention in the place of a UNet layer's self-attention."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    FusedAttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
 from torch import Tensor, nn
 
 from agentsd.attention import Attend, agent_attention, log_size_bias, sdpa, size_weighted_attention
 from agentsd.config import Phase
 from agentsd.merging import Match, match
 
-STOCK = (AttnProcessor2_0, AttnProcessor, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 @dataclass(frozen=True)
@@ -101,6 +94,7 @@ class AgentSDProcessor:
 
     def __init__(self, inner: Any, plans: dict[int, Plan], level: int) -> None:
         self.inner = inner
+        self.attend = attend_like(inner)
         self.plans = plans
         self.level = level
         self.metric: Tensor | None = None
@@ -111,7 +105,7 @@ class AgentSDProcessor:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: "Attention",
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -138,35 +132,34 @@ class AgentSDProcessor:
         todo = counts(phase, plan.ratio, plan.grid)
         if todo.attention == "stock":
             return self.inner(attn, hidden_states, **kwargs)
-        matched = match(x, plan.destinations)
         if todo.attention == "kv":
-            return self._kv(attn, hidden_states, matched)
+            return self._kv(attn, hidden_states, match(x, plan.destinations))
         if todo.attention == "agent":
-            return self._agent(attn, hidden_states, matched, plan, todo)
-        merged = matched.fold(plan.tokens - todo.queries)
+            return self._agent(attn, hidden_states, x, plan, todo)
+        merged = match(x, plan.destinations).fold(plan.tokens - todo.queries)
         f = merged.merge(hidden_states)
         mask = log_size_bias(merged.sizes, f)[:, 0] if phase.proportional else None
         return merged.unmerge(self.inner(attn, f, attention_mask=mask, **kwargs))
 
-    def _kv(self, attn: Attention, y: Tensor, matched: Match) -> Tensor:
+    def _kv(self, attn: "Attention", y: Tensor, matched: Match) -> Tensor:
         groups = matched.fold(y.shape[1])
         a = groups.merge(y)
         q, k, v = _query(attn, y), _key(attn, a), _heads(attn, attn.to_v(a))
-        return _out(attn, size_weighted_attention(q, k, v, groups.sizes, attend=self._attend()))
+        return _out(attn, size_weighted_attention(q, k, v, groups.sizes, attend=self.attend))
 
-    def _agent(self, attn: Attention, y: Tensor, matched: Match, plan: Plan, todo: Counts) -> Tensor:
-        phase, tokens = plan.phase, plan.tokens
-        if todo.queries < tokens:
-            merged = matched.fold(tokens - todo.queries)
-            f = merged.merge(y)
+    def _agent(self, attn: "Attention", y: Tensor, x: Tensor, plan: Plan, todo: Counts) -> Tensor:
+        phase, merged, f = plan.phase, None, y
+        if todo.queries < plan.tokens or phase.agents == "merge":
+            matched = match(x, plan.destinations)
+            if todo.queries < plan.tokens:
+                merged = matched.fold(plan.tokens - todo.queries)
+                f = merged.merge(y)
+        if phase.agents == "merge":
+            a = matched.fold(plan.tokens - todo.agents).merge(y)
         else:
-            merged, f = None, y
-        if phase.agents == "pool":
             image = y.transpose(1, 2).unflatten(2, plan.grid)
             cells = plan.grid[0] // phase.cell[0], plan.grid[1] // phase.cell[1]
             a = F.adaptive_avg_pool2d(image, cells).flatten(2).transpose(1, 2)
-        else:
-            a = matched.fold(tokens - todo.agents).merge(y)
         q, k, v = _query(attn, f), _key(attn, f), _heads(attn, attn.to_v(f))
         out = agent_attention(
             q,
@@ -176,40 +169,50 @@ class AgentSDProcessor:
             scale2=q.shape[-1] ** (-0.5 * phase.k_scale2),
             shortcut=phase.k_shortcut,
             bias=log_size_bias(merged.sizes, f) if phase.proportional and merged else None,
-            attend=self._attend(),
+            attend=self.attend,
         )
         out = _out(attn, out)
         return merged.unmerge(out) if merged else out
 
-    def _attend(self) -> Attend:
-        """The same backend as the wrapped processor."""
-        if isinstance(self.inner, XFormersAttnProcessor):
-            return xformers_attention(self.inner.attention_op)
-        return sdpa
 
-
-def _heads(attn: Attention, tokens: Tensor) -> Tensor:
+def _heads(attn: "Attention", tokens: Tensor) -> Tensor:
     return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
-def _query(attn: Attention, tokens: Tensor) -> Tensor:
+def _query(attn: "Attention", tokens: Tensor) -> Tensor:
     query = _heads(attn, attn.to_q(tokens))
     return query if attn.norm_q is None else attn.norm_q(query)
 
 
-def _key(attn: Attention, tokens: Tensor) -> Tensor:
+def _key(attn: "Attention", tokens: Tensor) -> Tensor:
     key = _heads(attn, attn.to_k(tokens))
     return key if attn.norm_k is None else attn.norm_k(key)
 
 
-def _out(attn: Attention, heads: Tensor) -> Tensor:
+def _out(attn: "Attention", heads: Tensor) -> Tensor:
     out = attn.to_out[1](attn.to_out[0](heads.transpose(1, 2).flatten(2)))
     return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
 
 
-def obstacle(attn: Attention, inner: Any) -> str | None:
+def attend_like(inner: Any) -> Attend:
+    """The softmax attention of the backend that a processor uses."""
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    return xformers_attention(inner.attention_op) if isinstance(inner, XFormersAttnProcessor) else sdpa
+
+
+def obstacle(attn: "Attention", inner: Any) -> str | None:
     """Why a layer has to be left alone, or None."""
-    if type(inner) not in STOCK:
+    from diffusers.models import attention_processor as stock
+
+    known = (
+        stock.AttnProcessor2_0,
+        stock.AttnProcessor,
+        stock.FusedAttnProcessor2_0,
+        stock.SlicedAttnProcessor,
+        stock.XFormersAttnProcessor,
+    )
+    if type(inner) not in known:
         return type(inner).__name__
     for name in ("group_norm", "spatial_norm", "norm_cross", "residual_connection"):
         if getattr(attn, name, None):
