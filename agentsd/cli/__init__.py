@@ -1,0 +1,1 @@
+"""Console commands: argument parsing and printing only."""

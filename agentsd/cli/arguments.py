@@ -1,0 +1,235 @@
+"""The options of agentsd-generate."""
+
+import argparse
+import math
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+PROGRAM = "agentsd-generate"
+ANY_MODEL = "--model takes any Stable Diffusion: a hub id, a folder in the diffusers layout or a .safetensors file."
+DESCRIPTION = (
+    "Make images from text with Stable Diffusion accelerated by AgentSD. Without --model, the small model that ships "
+    f"with the package draws coloured shapes, offline. {ANY_MODEL}"
+)
+EXAMPLES = """examples:
+  agentsd-generate --prompt "a large red circle on the left and a small blue star on the right"
+  agentsd-generate --prompt "a photo of an astronaut" --model org/name --ratio 0.5 --compare
+  agentsd-generate --prompt "a black ring" --set "*/attention=kv" --set 0/stride=4 --set 1/stride=2
+  agentsd-generate --from-png outputs/agentsd-0001.png --stock
+"""
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What to do: the command line over what a PNG file recorded over these defaults; with None, steps 0, strength
+    0 and guidance -1 the model or other options decide."""
+
+    prompt: list[str] = field(default_factory=list)
+    prompt_file: Path | None = None
+    negative_prompt: str = ""
+    from_png: Path | None = None
+    model: str = "demo"
+    model_config: str | None = None
+    lora: list[str] = field(default_factory=list)
+    dtype: str | None = None
+    device: str | None = None
+    allow_pickle: bool = False
+    stock: bool = False
+    preset: str | None = None
+    config: Path | None = None
+    ratio: float | None = None
+    set: list[str] = field(default_factory=list)
+    attention_backend: str | None = None
+    compile: bool = False
+    steps: int = 0
+    guidance_scale: float = -1
+    scheduler: str | None = None
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    num_images: int = 1
+    batch_size: int = 1
+    init_image: Path | None = None
+    strength: float = 0
+    mask: Path | None = None
+    output: Path = Path("outputs")
+    compare: bool = False
+    quiet: bool = False
+    threads: int = 0  # recorded, not an option: sums are split, and so rounded, by the number of threads
+
+    def resolve(self) -> None:
+        """Fill in the defaults that depend on other options."""
+        demo = self.model == "demo"
+        self.steps = self.steps or (25 if demo else 50)
+        if self.guidance_scale < 0:
+            self.guidance_scale = 4.0 if demo else 7.5
+        if self.init_image:
+            self.strength = self.strength or (1.0 if self.mask else 0.8)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {PROGRAM} --help)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any) -> NoReturn:
+        import diffusers
+        import torch
+
+        import agentsd
+
+        print(f"agentsd {agentsd.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
+        raise SystemExit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from agentsd import AgentSDConfig
+    from agentsd.pipelines import SCHEDULERS
+
+    parser = _Parser(
+        prog=PROGRAM,
+        description=textwrap.fill(DESCRIPTION, 110),
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+        argument_default=argparse.SUPPRESS,
+    )
+
+    group = parser.add_argument_group("what to draw")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="the prompt; repeat it for several")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with one prompt on each line")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what the images should not show")
+    group.add_argument(
+        "--from-png",
+        type=Path,
+        metavar="FILE",
+        help="repeat an image from the parameters in its file, bit for bit on the same machine; other options given "
+        "beside it replace what is recorded",
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="MODEL", help="demo, hub id, folder or file.safetensors (default: demo)")
+    group.add_argument(
+        "--model-config",
+        metavar="FOLDER",
+        help="for a single file: the folder or hub id whose configuration and tokenizer it uses (default: found by its "
+        "contents)",
+    )
+    group.add_argument(
+        "--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA, as safetensors file or folder; repeatable"
+    )
+    group.add_argument(
+        "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 (default: float16 on cuda, else float32)"
+    )
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, … (default: the best there is)")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="load pickled weights too; they can run code of whoever made them"
+    )
+
+    group = parser.add_argument_group("acceleration")
+    group.add_argument("--stock", action="store_true", help="do not accelerate")
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--preset", metavar="NAME", help=f"{' or '.join(AgentSDConfig.presets())} (default: paper)")
+    choice.add_argument("--config", type=Path, metavar="FILE", help="a configuration in a YAML file")
+    group.add_argument(
+        "--ratio", type=_number, metavar="R", help="share of the tokens to merge (default: the configuration's)"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        metavar="PHASE/FIELD=VALUE",
+        help="change a field of a phase (0 is the first, * is all), or FIELD=VALUE of the configuration; repeatable",
+    )
+    group.add_argument(
+        "--attention-backend",
+        metavar="NAME",
+        help="sdpa, xformers, sliced or a diffusers attention backend, for stock and accelerated alike (default: the "
+        "model's own)",
+    )
+    group.add_argument("--compile", action="store_true", help="compile the UNet with torch.compile")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--steps", type=_positive, metavar="N", help="denoising steps (default: 25 with the demo model, else 50)"
+    )
+    group.add_argument("--guidance-scale", type=_number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
+    group.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: the model's own)")
+    group.add_argument("--seed", type=_seed, metavar="N", help="image number i starts from seed + i (default: 0)")
+    group.add_argument("--height", type=_positive, metavar="PIXELS", help="(default: what the model was made for)")
+    group.add_argument("--width", type=_positive, metavar="PIXELS", help="(default: what the model was made for)")
+    group.add_argument("--num-images", type=_positive, metavar="N", help="images for each prompt (default: 1)")
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="images made at once (default: 1)")
+
+    group = parser.add_argument_group("starting from an image")
+    group.add_argument(
+        "--init-image",
+        type=Path,
+        metavar="FILE",
+        help="change this image; its size is the default of --width, --height",
+    )
+    group.add_argument(
+        "--strength",
+        type=_share,
+        metavar="S",
+        help="how much of it to change, above 0 up to 1 (default: 0.8, with a mask 1)",
+    )
+    group.add_argument(
+        "--mask", type=Path, metavar="FILE", help="change only what is white in this picture; the rest stays as it is"
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="a folder for numbered names, or one .png file that does not exist yet (default: outputs)",
+    )
+    group.add_argument(
+        "--compare",
+        action="store_true",
+        help="make each image stock and accelerated; write both and one picture with both, their difference and times",
+    )
+    group.add_argument("--quiet", action="store_true", help="print the names of the files and nothing else")
+    group.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
+    return parser
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    seed = _at_least(0, text)
+    if seed >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, not {seed}")
+    return seed
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return value

@@ -1,0 +1,108 @@
+"""Writing PNG files: nothing is overwritten, nothing is left half-written."""
+
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class Output:
+    """Where pictures go: a numbered name in a folder for each, or one file that must not exist yet.
+
+    Each is written under its name and, where there are several pictures to one name, with a suffix for each.
+    """
+
+    def __init__(self, path: Path, count: int, suffixes: Sequence[str] = ("",)):
+        if path.suffix.lower() in PICTURES:
+            raise ValueError(f"--output {path} must end in .png or be a folder: pictures are written as PNG")
+        self.path = path
+        self.suffixes = suffixes
+        self.is_file = path.suffix.lower() == ".png" and not path.is_dir()
+        self.folder = path.parent if self.is_file else path
+        if self.is_file and count > 1:
+            raise ValueError(f"--output {path} is one file, but {count} images are to be made: name a folder")
+        for target in self._targets(path.with_suffix("")) if self.is_file else []:
+            if target.exists():
+                raise ValueError(f"--output {target} exists already; nothing is overwritten")
+
+    def check(self) -> None:
+        """Make the folder and try whether it takes files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+
+    def save(self, pictures: Sequence[tuple["Image", str]]) -> list[Path]:
+        """Write pictures, one for each suffix, each with its text chunk; return their names."""
+        for stem in [self.path.with_suffix("")] if self.is_file else self._stems():
+            targets = self._targets(stem)
+            if any(target.exists() for target in targets):
+                continue
+            try:
+                for target, (image, text) in zip(targets, pictures, strict=True):
+                    write_png(target, image, text)
+            except FileExistsError:  # somebody else took the name a moment ago
+                continue
+            return targets
+        raise ValueError(f"--output {self.path} exists by now; nothing is overwritten")
+
+    def _targets(self, stem: Path) -> list[Path]:
+        return [stem.with_name(f"{stem.name}{suffix}.png") for suffix in self.suffixes]
+
+    def _stems(self) -> Iterator[Path]:
+        matches = [re.match(r"agentsd-(\d+)", path.name) for path in self.folder.glob("agentsd-*.png")]
+        number = max((int(match[1]) for match in matches if match), default=0)
+        while True:
+            number += 1
+            yield self.folder / f"agentsd-{number:04d}"
+
+
+def write_png(target: Path, image: "Image", text: str) -> None:
+    """Write a PNG file that appears complete or not at all; FileExistsError if the name is taken."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", text)
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("xb") as stream:
+            image.save(stream, "PNG", pnginfo=info)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _link(unfinished, target)
+    except OSError as error:
+        error.filename = str(target)
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _link(unfinished: Path, target: Path) -> None:
+    try:
+        os.link(unfinished, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: claim the name, then replace the claim
+        target.touch(exist_ok=False)
+        unfinished.replace(target)
+
+
+def read_picture(path: Path) -> "Image":
+    """Return the picture in a file; ValueError if there is none that can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise
+        raise ValueError(f"{path} is not a picture that can be read") from error
