@@ -1,0 +1,55 @@
+"""Prompt-following as numbers: draw prompts with held-out combinations and read the pictures back."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agentsd.demo import scenes
+from agentsd.demo.checker import ATTRIBUTES, AttributeChecker, score
+
+
+def held_out_prompts(count: int, seed: int = 1) -> list[str]:
+    """Prompts that state everything, each with a combination that training never showed."""
+    rng = random.Random(f"held out/{seed}")
+    return [scenes.caption(scenes.sample(rng, held_out=True)) for _ in range(count)]
+
+
+def checker_accuracy(checker: AttributeChecker, count: int = 2000, seed: int = 1) -> dict[str, float]:
+    """Share of each attribute that the checker reads rightly from rendered scenes it was not trained on."""
+    rng = random.Random(f"checker/{seed}")
+    drawn = [scenes.sample(rng, held_out=index % 2 == 1) for index in range(count)]
+    rights: list[dict[str, list[bool]]] = []
+    for start in range(0, count, 50):
+        part = drawn[start : start + 50]
+        images, _ = scenes.render(part, seed=rng.getrandbits(40))
+        rights += [score(asked, seen) for asked, seen in zip(part, checker.read(images), strict=True)]
+    return shares(rights)
+
+
+def shares(rights: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
+    """Per attribute the share that is right, and of pictures in which everything is (`all`)."""
+    pooled = {name: [right for row in rights for right in row[name]] for name in (*ATTRIBUTES, "all")}
+    return {name: sum(values) / len(values) for name, values in pooled.items() if values}
+
+
+def draw(pipe: Any, prompts: list[str], steps: int = 25, guidance: float = 4.0, batch: int = 4) -> Tensor:
+    """One picture per prompt, seeded by its index: B×3×H×W in [0, 1]."""
+    images = []
+    for start in tqdm(range(0, len(prompts), batch), desc="pictures", unit="batch"):
+        part = prompts[start : start + batch]
+        generators = [torch.Generator().manual_seed(start + index) for index in range(len(part))]
+        pipe.set_progress_bar_config(disable=True)
+        made = pipe(
+            part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt"
+        ).images
+        images.append(made.float().cpu())
+    return torch.cat(images)
+
+
+def measure(images: Tensor, prompts: list[str], checker: AttributeChecker) -> dict[str, float]:
+    """Share of each attribute asked for that the pictures show."""
+    return shares([score(scenes.parse(p), seen) for p, seen in zip(prompts, checker.read(images), strict=True)])

@@ -1,0 +1,514 @@
+"""Training of the embedded model, in stages that each resume: autoencoder, text encoder, diffusion, attribute checker.
+
+Run by `scripts/train_demo.py`; the recipe's reasons are in agentsd/demo/README.md.
+"""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from agentsd.demo import scenes
+from agentsd.demo.checker import AttributeChecker, labels
+
+LENGTH = 32
+WIDTH = 128
+SAMPLES = (
+    "a large red circle on the left, a small blue star on the right, on a striped green background",
+    "a large white star in the center on a checkered purple background",
+    "a small yellow ring on the top and a large black triangle on the bottom on an orange background",
+    "a large blue square on the left and a large yellow circle on the right on a gradient black background",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` updates of `batch` pictures on one grid, the learning rate falling from `start` to `end`."""
+
+    grid: int
+    steps: int
+    batch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights."""
+
+    seed: int = 0
+    vae_steps: int = 2400
+    text_steps: int = 1000
+    checker_steps: int = 1500
+    stages: tuple[Stage, ...] = (
+        Stage(16, 300, 64, 1e-3, 1e-3),
+        Stage(32, 2300, 16, 1e-3, 4e-4),
+        Stage(64, 600, 8, 5e-4, 2e-5),
+    )
+    ema: float = 0.997
+    empty_captions: float = 0.1
+    text_rate: float = 0.2
+    thing_weight: float = 3.0
+
+
+def scheduler() -> DDIMScheduler:
+    """DDPM's linear betas, ending in almost pure noise: Stable Diffusion's would leave the layout visible in it."""
+    return DDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.025,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which each word of the vocabulary is one token and any other word is spelt in letters."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,-'")
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(scenes.VOCABULARY)] * 4 + [" ".join(letters)], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    tokens = list(
+        dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *(m.replace(" ", "") for m in merges)])
+    )
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers of width 128."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_vae() -> AutoencoderTiny:
+    """Factor 4, four latent channels, 0.2 M parameters."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(2, 2, 1),
+        latent_channels=4,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Self- and cross-attention on 64×64, 32×32 and 16×16, none on the 8×8 grid below except in the middle."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(64, 96, 128, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(1, 3, 4, 4),
+        cross_attention_dim=WIDTH,
+    )
+
+
+def attribute_loss(logits: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the attributes' cross-entropies."""
+    pairs = zip(logits, targets, strict=True)
+    return torch.stack([F.cross_entropy(g.flatten(0, -2), t.flatten(), ignore_index=-1) for g, t in pairs]).sum()
+
+
+class VAETask(nn.Module):
+    """L1 on pixels and edges, with more weight on the things; latents are pulled to zero mean and unit variance."""
+
+    def __init__(self, thing_weight: float) -> None:
+        super().__init__()
+        self.vae = make_vae()
+        self.thing_weight = thing_weight
+
+    def forward(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        latents = self.vae.encoder(images)
+        # A little noise, so that the decoder forgives what diffusion leaves over.
+        decoded = self.vae.decoder(latents + 0.05 * torch.randn_like(latents)).float()
+        weight = 1 + self.thing_weight * masks
+        error = decoded - images
+        edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, error.shape[d] - 1)).mean() for d in (-1, -2))
+        latents = latents.float()
+        moments = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
+        psnr = -10 * (error.detach().clamp(-1, 1).square().mean() / 4).log10()
+        return {
+            "loss": (weight * error.abs()).mean() + edges + 0.1 * moments,
+            "psnr": psnr,
+            "std": latents.std().detach(),
+        }
+
+
+class TextTask(nn.Module):
+    """Teaches the text encoder, before any picture is drawn, to tell what the words put at each place."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.queries = nn.Parameter(torch.randn(len(scenes.PLACES) + 1, WIDTH))
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.sizes = (
+            [1 + len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES)],
+            [len(scenes.COLOURS), len(scenes.TEXTURES)],
+        )
+        self.things, self.ground = (nn.Linear(WIDTH, sum(sizes)) for sizes in self.sizes)
+
+    def forward(self, tokens: Tensor, *targets: Tensor) -> dict[str, Tensor]:
+        states = self.text_encoder(tokens)[0]
+        read, _ = self.attention(self.queries.expand(len(states), -1, -1), states, states, need_weights=False)
+        things = self.things(read[:, :-1]).float().split(self.sizes[0], dim=-1)
+        ground = self.ground(read[:, -1]).float().split(self.sizes[1], dim=-1)
+        return {"loss": attribute_loss((*things, *ground), targets)}
+
+
+class DiffusionTask(nn.Module):
+    """Velocity prediction; the loss weighs the things more than the background."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, target: Tensor, weight: Tensor
+    ) -> dict[str, Tensor]:
+        velocity = self.unet(noisy, timesteps, self.text_encoder(tokens)[0]).sample.float()
+        return {"loss": (weight * (velocity - target).square()).mean() / weight.mean()}
+
+
+class CheckerTask(nn.Module):
+    """The attribute checker on rendered pictures, distorted in ways in which generated ones differ from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checker = AttributeChecker()
+
+    def forward(self, images: Tensor, *targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": attribute_loss(tuple(logits.float() for logits in self.checker(images)), targets)}
+
+
+class Progress:
+    """How many updates a checkpoint has seen."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class Trainer:
+    """Runs the stages of a recipe in a folder; each resumes at its checkpoint and is skipped once it has its result."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        accelerator: Accelerator,
+        checkpoint_every: int = 200,
+        sample_every: int = 400,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.accelerator = accelerator
+        self.checkpoint_every = checkpoint_every
+        self.sample_every = sample_every
+        self.device = accelerator.device
+        torch.manual_seed(recipe.seed)
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+            if not (folder / "model" / "tokenizer").exists():
+                make_tokenizer(folder / "model" / "tokenizer")
+        accelerator.wait_for_everyone()
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "model" / "tokenizer")
+
+    def draw(
+        self, name: str, step: int, count: int, size: int
+    ) -> tuple[list[scenes.Scene], Tensor, Tensor, random.Random]:
+        """This process's share of `count` scenes, with pictures in [-1, 1] and masks."""
+        rng = random.Random(f"{self.recipe.seed}/{name}/{step}/{self.accelerator.process_index}")
+        chosen = [scenes.sample(rng) for _ in range(count // self.accelerator.num_processes)]
+        images, masks = scenes.render(chosen, size, rng.getrandbits(40))
+        torch.manual_seed(rng.getrandbits(40))
+        return chosen, images * 2 - 1, masks, rng
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """Token ids, B×LENGTH."""
+        return self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        ).input_ids
+
+    def fit(
+        self,
+        name: str,
+        task: nn.Module,
+        steps: int,
+        batch: Callable[[int], tuple[Tensor, ...]],
+        rate: Callable[[float], float],
+        groups: list[dict[str, Any]] | None = None,
+        ema: EMAModel | None = None,
+        sample: Callable[[int], None] | None = None,
+    ) -> None:
+        """Minimise `task(*batch(step))["loss"]` by AdamW at `rate(share of the steps done)`."""
+        accelerator = self.accelerator
+        optimizer = torch.optim.AdamW(
+            groups or [{"params": list(task.parameters())}], lr=1.0, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        scales = [group["lr"] for group in optimizer.param_groups]
+        net, optimizer = accelerator.prepare(task, optimizer)
+        progress = Progress()
+        accelerator.register_for_checkpointing(progress, *([ema] if ema else []))
+        checkpoint = self.folder / "checkpoints" / name
+        if checkpoint.exists():
+            accelerator.load_state(str(checkpoint))
+        main = accelerator.is_main_process
+        bar = tqdm(total=steps, initial=progress.step, desc=name, disable=not main, mininterval=20)
+        started = time.time()
+        while progress.step < steps:
+            step = progress.step
+            for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                group["lr"] = scale * rate(step / steps) * min(1, (step + 1) / 100)
+            figures = net(*(tensor.to(self.device) for tensor in batch(step)))
+            accelerator.backward(figures["loss"])
+            accelerator.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                ema.step(task.parameters())
+            progress.step += 1
+            bar.update()
+            if main and step % 10 == 0:
+                row = {"stage": name, "step": step, "seconds": round(time.time() - started, 1)}
+                row |= {key: round(value.item(), 5) for key, value in figures.items()}
+                bar.set_postfix(loss=row["loss"], refresh=False)
+                with (self.folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+            if progress.step % self.checkpoint_every == 0 or progress.step == steps:
+                self.checkpoint(checkpoint)
+            if main and sample and self.sample_every and progress.step % self.sample_every == 0:
+                sample(progress.step)
+        bar.close()
+        accelerator.free_memory()
+        accelerator._custom_objects.clear()
+
+    def checkpoint(self, folder: Path) -> None:
+        """Write a checkpoint beside the last one, then put it in its place."""
+        fresh = folder.with_name(folder.name + ".new")
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+        self.accelerator.wait_for_everyone()
+
+    def vae(self) -> AutoencoderTiny:
+        """Stage `vae`: crops of pictures of every size, a quarter of them in other colours."""
+        result = self.folder / "model" / "vae"
+        if not result.exists():
+            task = VAETask(self.recipe.thing_weight)
+
+            def batch(step: int) -> tuple[Tensor, ...]:
+                size = (256, 128, 256, 64)[step % 4]
+                _, images, masks, rng = self.draw("vae", step, 16, size)
+                top, left = rng.randint(0, size - 64), rng.randint(0, size - 64)
+                images, masks = (t[..., top : top + 64, left : left + 64] for t in (images, masks))
+                some = len(images) // 4
+                images[:some] = images[:some, rng.sample(range(3), 3)] * rng.uniform(0.4, 1)
+                return images, masks
+
+            self.fit("vae", task, self.recipe.vae_steps, batch, lambda done: 2e-3 * (1 - done) ** 0.8)
+            vae = task.vae.cpu().eval()
+            with torch.no_grad():
+                latents = vae.encode(self.draw("scale", 0, 32, 256)[1]).latents
+            vae.register_to_config(scaling_factor=1 / latents.std().item())
+            if self.accelerator.is_main_process:
+                vae.save_pretrained(result)
+            self.accelerator.wait_for_everyone()
+        return AutoencoderTiny.from_pretrained(result).to(self.device).eval()
+
+    def text(self) -> CLIPTextModel:
+        """Stage `text`."""
+        result = self.folder / "text_encoder"
+        if not result.exists():
+            task = TextTask(make_text_encoder(self.tokenizer))
+
+            def batch(step: int) -> tuple[Tensor, ...]:
+                rng = random.Random(f"{self.recipe.seed}/text/{step}/{self.accelerator.process_index}")
+                chosen = [scenes.sample(rng) for _ in range(128 // self.accelerator.num_processes)]
+                return self.tokens([scenes.caption(scene, rng) for scene in chosen]), *labels(chosen)
+
+            self.fit("text", task, self.recipe.text_steps, batch, lambda done: 1e-3 * (1 - done))
+            if self.accelerator.is_main_process:
+                task.text_encoder.save_pretrained(result)
+            self.accelerator.wait_for_everyone()
+        return CLIPTextModel.from_pretrained(result)
+
+    def diffusion(self) -> None:
+        """Stages `diffusion-16`, `-32` and `-64`: the same scenes on finer and finer grids."""
+        vae, text_encoder = self.vae(), self.text()
+        torch.manual_seed(self.recipe.seed)
+        task = DiffusionTask(make_unet(), text_encoder)
+        ema = EMAModel(task.parameters(), decay=self.recipe.ema, use_ema_warmup=True, inv_gamma=10)
+        for stage in self.recipe.stages:
+            result = self.folder / f"diffusion-{stage.grid}.safetensors"
+            if not result.exists():
+                self._diffuse(stage, task, vae, ema)
+                if self.accelerator.is_main_process:
+                    ema.copy_to(task.parameters())
+                    save_file({key: value.cpu() for key, value in task.state_dict().items()}, result)
+                self.accelerator.wait_for_everyone()
+            task = DiffusionTask(make_unet(), self.text())
+            task.load_state_dict(load_file(result))
+            ema = EMAModel(task.parameters(), decay=self.recipe.ema, use_ema_warmup=True, inv_gamma=10)
+        if self.accelerator.is_main_process:
+            self.assemble(task, vae).to("cpu", torch.float16).save_pretrained(self.folder / "model")
+            make_tokenizer(self.folder / "model" / "tokenizer")  # with the files that older transformers read
+            # AutoencoderTiny writes a field that it does not read back, and warns of it.
+            path = self.folder / "model" / "vae" / "config.json"
+            config = json.loads(path.read_text())
+            del config["block_out_channels"]
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+    def _diffuse(self, stage: Stage, task: DiffusionTask, vae: AutoencoderTiny, ema: EMAModel) -> None:
+        name = f"diffusion-{stage.grid}"
+        snr = (lambda a: a / (1 - a))(scheduler().alphas_cumprod)
+        # A coarser grid has fewer cells to average noise over: the same timestep is to hide as much of the layout on
+        # every grid.
+        snr = snr * (64 / stage.grid) ** 2
+        signal, noise_level = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
+
+        def batch(step: int) -> tuple[Tensor, ...]:
+            chosen, images, masks, rng = self.draw(name, step, stage.batch, stage.grid * 4)
+            prompts = [
+                "" if rng.random() < self.recipe.empty_captions else scenes.caption(scene, rng) for scene in chosen
+            ]
+            with torch.no_grad():
+                latents = vae.encode(images.to(self.device)).latents.float().cpu() * vae.config.scaling_factor
+            # Stratified: the batch covers the schedule evenly.
+            places = (torch.arange(len(chosen)) + torch.rand(len(chosen))) / len(chosen)
+            timesteps = (places * len(snr)).long()
+            a, s = signal[timesteps, None, None, None], noise_level[timesteps, None, None, None]
+            noise = torch.randn_like(latents)
+            weight = 1 + self.recipe.thing_weight * F.max_pool2d(F.max_pool2d(masks, 4), 3, 1, 1)
+            return a * latents + s * noise, timesteps, self.tokens(prompts), a * noise - s * latents, weight
+
+        def sample(step: int) -> None:
+            ema.store(task.parameters())
+            ema.copy_to(task.parameters())
+            pipe = self.assemble(task, vae)
+            if stage.grid != 64:
+                pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, trained_betas=_betas(signal.square()))
+            pipe.set_progress_bar_config(disable=True)
+            size = stage.grid * 4
+            seeds = [torch.Generator().manual_seed(index) for index in range(len(SAMPLES))]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.accelerator.mixed_precision == "bf16"):
+                images = pipe(
+                    list(SAMPLES), height=size, width=size, guidance_scale=4.0, num_inference_steps=20, generator=seeds
+                ).images
+            ema.restore(task.parameters())
+            grid = Image.new("RGB", (size * len(images), size))
+            for index, image in enumerate(images):
+                grid.paste(image, (size * index, 0))
+            (self.folder / "samples").mkdir(exist_ok=True)
+            grid.save(self.folder / "samples" / f"{name}-{step:05d}.png")
+
+        groups = [
+            {"params": list(task.unet.parameters()), "lr": 1.0},
+            {"params": list(task.text_encoder.parameters()), "lr": self.recipe.text_rate},
+        ]
+        ema.to(self.device)
+        self.fit(
+            name,
+            task,
+            stage.steps,
+            batch,
+            lambda done: stage.start * (stage.end / stage.start) ** done,
+            groups,
+            ema,
+            sample,
+        )
+
+    def assemble(self, task: DiffusionTask, vae: AutoencoderTiny) -> StableDiffusionPipeline:
+        """The pipeline as diffusers knows it."""
+        return StableDiffusionPipeline(
+            vae, task.text_encoder, self.tokenizer, task.unet, scheduler(), None, None, requires_safety_checker=False
+        )
+
+    def checker(self) -> None:
+        """Stage `checker`."""
+        result = self.folder / "checker.safetensors"
+        if result.exists():
+            return
+        vae = self.vae()
+        task = CheckerTask()
+
+        def batch(step: int) -> tuple[Tensor, ...]:
+            rng = random.Random(f"{self.recipe.seed}/checker/{step}/{self.accelerator.process_index}")
+            # Held-out combinations are shown here: the checker has to be right about all of them.
+            chosen = [scenes.sample(rng, rng.random() < 0.2) for _ in range(32 // self.accelerator.num_processes)]
+            images, _ = scenes.render(chosen, 128, rng.getrandbits(40))
+            torch.manual_seed(rng.getrandbits(40))
+            if step % 2:
+                with torch.no_grad():
+                    latents = vae.encode(images.to(self.device) * 2 - 1).latents
+                    latents = latents + torch.rand(()) * 0.3 * torch.randn_like(latents)
+                    images = (vae.decode(latents).sample / 2 + 0.5).float().cpu()
+            gain = 1 + 0.1 * torch.randn(len(images), 3, 1, 1)
+            blurred = F.interpolate(
+                F.interpolate(images, scale_factor=0.5, mode="area"), scale_factor=2.0, mode="bilinear"
+            )
+            images = torch.lerp(images, blurred, torch.rand(len(images), 1, 1, 1)) * gain
+            return (images + torch.rand(()) * 0.05 * torch.randn_like(images)).clamp(0, 1), *labels(chosen)
+
+        self.fit("checker", task, self.recipe.checker_steps, batch, lambda done: 2e-3 * (1 - done))
+        if self.accelerator.is_main_process:
+            save_file({key: value.half() for key, value in task.checker.state_dict().items()}, result)
+        self.accelerator.wait_for_everyone()
+
+
+def _betas(alphas_cumprod: Tensor) -> list[float]:
+    previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
+    return (1 - alphas_cumprod / previous).tolist()
