@@ -7,6 +7,7 @@ proportional attention from *Token Merging: Your ViT But Faster* (Bolya et al., 
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +25,7 @@ sdpa: Attend = F.scaled_dot_product_attention
 
 def log_size_bias(sizes: Tensor, dtype_of: Tensor) -> Tensor:
     """The term log s of proportional attention, as a bias on keys that stand for `sizes` tokens: B×n → B×1×1×n."""
-    return sizes.log().to(dtype_of.dtype)[:, None, None]
+    return sizes.to(torch.promote_types(dtype_of.dtype, torch.float32)).log().to(dtype_of.dtype)[:, None, None]
 
 
 def agent_attention(
