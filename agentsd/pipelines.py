@@ -4,12 +4,11 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from packaging.version import Version
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -79,7 +78,7 @@ def load(
 def _dtype_argument() -> str:
     from diffusers import __version__
 
-    return "dtype" if Version(__version__) >= Version("0.40.0") else "torch_dtype"
+    return "dtype" if [int(part) for part in __version__.split(".")[:2]] >= [0, 40] else "torch_dtype"
 
 
 def find(model: str | Path, *, allow_pickle: bool = False) -> Path | None:
@@ -218,7 +217,9 @@ def size_multiple(model: "DiffusionPipeline | Path | None") -> int:
     if isinstance(model, Path):
         config = model / "vae" / "config.json"
         if config.is_file():
-            factor = 2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+            values = json.loads(config.read_text(encoding="utf-8"))
+            blocks = values.get("block_out_channels") or values.get("decoder_block_out_channels") or [0] * 4
+            factor = 2 ** (len(blocks) - 1)
     elif model is not None:
         factor = model.vae_scale_factor
     return max(8, factor)
@@ -341,17 +342,18 @@ def check_lora(path: Path) -> Path:
 
 def fingerprint(model: Path) -> str:
     """Return ten digits of the SHA-256 of a single file, as the web UIs give it, or of a folder's UNet weights."""
+    weights = [file for file in sorted((model / "unet").glob("*")) if file.suffix in (".safetensors", *PICKLED)]
+    return sha256(*(weights or [model]))[:10]
+
+
+def sha256(*files: Path) -> str:
+    """Return the SHA-256 of the contents of files, one after another."""
     digest = hashlib.sha256()
-    for file in [model] if model.is_file() else sorted((model / "unet").glob("*.safetensors")):
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()[:10]
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            yield block
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def one_line(error: BaseException) -> str:

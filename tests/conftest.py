@@ -1,12 +1,14 @@
 """Tiny Stable Diffusion parts with random weights, of the real diffusers and transformers classes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 TinyUNet = Callable[..., Any]
 
@@ -104,3 +106,68 @@ def tiny_pipeline(tiny_pipeline_folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, use_safetensors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_single_file(tiny_pipeline_folder: Path) -> Path:
+    """Return the weights of :func:`tiny_pipeline_folder` in one file, named as in the original Stable Diffusion."""
+    state = {}
+    folder = tiny_pipeline_folder
+    for name, value in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        state[f"model.diffusion_model.{original_unet_name(name)}"] = value
+    for name, value in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
+        name = original_vae_name(name)
+        attention = "mid.attn_1" in name and name.endswith("weight") and "norm" not in name
+        state[f"first_stage_model.{name}"] = value[:, :, None, None].contiguous() if attention else value
+    for name, value in load_file(folder / "text_encoder" / "model.safetensors").items():
+        state[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    file = folder.with_name("single.safetensors")
+    save_file(state, file)
+    return file
+
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_unet_name(name: str) -> str:
+    for pattern, replacement in (
+        (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+        (r"conv_in", "input_blocks.0.0"),
+        (r"conv_norm_out", "out.0"),
+        (r"conv_out", "out.2"),
+        (r"down_blocks\.(\d)\.resnets\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.0"),
+        (r"down_blocks\.(\d)\.attentions\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.1"),
+        (r"down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
+        (r"mid_block\.attentions\.0", "middle_block.1"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.0"),
+        (r"up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.1"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"output_blocks.{2 * int(m[1]) + 1}.2"),
+    ):
+        name = re.sub(f"^{pattern}", replacement, name)
+    return re.sub(r"^(\w+_blocks?\.[\d.]+\.)(\w+)(?=\.\w+$)", lambda m: m[1] + RESNET.get(m[2], m[2]), name)
+
+
+def original_vae_name(name: str) -> str:
+    for pattern, replacement in (
+        (r"coder\.down_blocks\.(\d)\.resnets\.(\d)", r"coder.down.\1.block.\2"),
+        (r"coder\.down_blocks\.(\d)\.downsamplers\.0", r"coder.down.\1.downsample"),
+        (r"coder\.up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"coder.up.{2 - int(m[1])}.block.{m[2]}"),
+        (r"coder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"coder.up.{2 - int(m[1])}.upsample"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+        (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+        (r"attn_1\.to_(\w)", r"attn_1.\1"),
+        (r"attn_1\.group_norm", "attn_1.norm"),
+        (r"conv_norm_out", "norm_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name

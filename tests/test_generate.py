@@ -155,6 +155,30 @@ def test_configuration_from_a_file(run: Run, tmp_path: Path) -> None:
     assert agentsd.AgentSDConfig.from_dict(json.loads(fields["AgentSD"])) == config
 
 
+def test_single_file_and_its_repetition(
+    run: Run, tiny_pipeline_folder: Path, tiny_single_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    monkeypatch.chdir(tiny_single_file.parent)
+    options = ("--model-config", tiny_pipeline_folder.name, "--output", tmp_path / "outputs")
+    code, _, err = run(*options, model=tiny_single_file.name)
+    assert (code, err) == (0, "")
+    monkeypatch.chdir(tmp_path)
+    assert run("--from-png", "outputs/agentsd-0002.png", prompt=False, model=None)[0] == 0
+    first, *others = (pixels(f"outputs/agentsd-000{number}.png") for number in (1, 2, 3))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    assert read_parameters(tmp_path / "outputs/agentsd-0003.png")[2]["Model"] == "single"
+
+
+def test_half_precision(run: Run) -> None:
+    for dtype in ("float16", "bfloat16"):
+        assert run("--dtype", dtype)[0] == 0
+    run()
+    half, brain, full = (pixels(f"outputs/agentsd-000{number}.png").astype(int) for number in (1, 2, 3))
+    assert 0 < abs(half - full).mean() < abs(brain - full).mean() < 10
+
+
 def test_size_and_negative_prompt_change_the_image(run: Run) -> None:
     assert run("--width", 96, "--height", 48, "--stock")[0] == 0
     assert pixels("outputs/agentsd-0001.png").shape == (48, 96, 3)
@@ -171,7 +195,7 @@ def test_attention_backend_sliced_agrees_with_sdpa(run: Run) -> None:
 
 def test_compile_agrees_with_eager(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled(module, backend="eager", **options))
     assert run("--stock")[0] == 0
     assert run("--stock", "--compile")[0] == 0
     apart = pixels("outputs/agentsd-0001.png").astype(int) - pixels("outputs/agentsd-0002.png")
@@ -314,7 +338,7 @@ def test_repeats_an_image_of_another_number_of_threads(run: Run) -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        run("--width", 256, "--height", 256, "--stock")
+        run("--width", 128, "--height", 128, "--stock")
     run("--from-png", "outputs/agentsd-0001.png", prompt=False, model=None)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
@@ -585,6 +609,11 @@ def test_bad_prompt_file(run: Run, tmp_path: Path, contents: bytes | None, messa
     assert message in err
 
 
+def test_prompt_that_is_not_text(run: Run) -> None:
+    code, out, err = run("--negative-prompt", "\udcff")
+    assert (code, out, err) == (2, "", "agentsd-generate: error: the prompt is not text in UTF-8\n")
+
+
 def test_prompt_is_needed(run: Run) -> None:
     assert run(prompt=False)[::2] == (2, "agentsd-generate: error: --prompt, --prompt-file or --from-png is needed\n")
 
@@ -681,7 +710,7 @@ def test_interrupt_keeps_finished_images_and_leaves_no_half_file(tiny_pipeline_f
     process = subprocess.Popen(
         command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("*.png"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -706,7 +735,7 @@ def test_progress_bar_is_labelled(tiny_pipeline_folder: Path, tmp_path: Path) ->
     shown = b""
     while chunk := read(leader):
         shown += chunk
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert b"image 1/2:   0%" in shown
     assert b"image 2/2:   0%" in shown
 

@@ -1,5 +1,6 @@
 """The package as it is shipped: wheel, sdist, console command, and the weight of the import."""
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextModel
+
+from agentsd.demo import MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -129,6 +135,20 @@ def test_wheel_carries_every_preset(installed: Path, tmp_path: Path) -> None:
 def test_installed_command_knows_the_version(distributions: Distributions, installed: Path, tmp_path: Path) -> None:
     version = distributions.wheel.name.split("-")[1]
     assert version in run(installed / "agentsd-generate", "--version", cwd=tmp_path).stdout.split()
+
+
+def test_embedded_model_loads_completely_on_these_libraries() -> None:
+    """Other versions of transformers name weights differently, and leave at random what they do not find."""
+    _, info = CLIPTextModel.from_pretrained(MODEL / "text_encoder", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float32}
+
+
+def test_embedded_model_names_no_folder() -> None:
+    configs = [json.loads(path.read_text()) for path in MODEL.rglob("*.json")]
+    assert [config["_name_or_path"] for config in configs if Path(config.get("_name_or_path", "")).is_absolute()] == []
 
 
 def test_import_loads_nothing_heavy() -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,14 @@ def test_folder_with_half_precision_files_only(tiny_pipeline_folder: Path, tmp_p
     )
 
 
-def test_sizes(tiny_pipeline_folder: Path, tiny_pipeline: Any, tiny_unet: Any) -> None:
+def test_sizes(tiny_pipeline_folder: Path, tiny_pipeline: Any, tiny_unet: Any, tmp_path: Path) -> None:
     assert pipelines.default_size(tiny_pipeline) == (64, 64)
     assert pipelines.size_multiple(tiny_pipeline) == pipelines.size_multiple(tiny_pipeline_folder) == 8
+    assert pipelines.size_multiple(None) == 8
+    (tmp_path / "vae").mkdir()
+    for key in ("block_out_channels", "decoder_block_out_channels"):
+        (tmp_path / "vae" / "config.json").write_text(json.dumps({key: [8] * 5}))
+        assert pipelines.size_multiple(tmp_path) == 16
     tiny_pipeline.vae_scale_factor = 16
     assert pipelines.size_multiple(tiny_pipeline) == 16
     tiny_pipeline.unet = tiny_unet(sample_size=(8, 24))
@@ -214,81 +218,23 @@ def test_fingerprint_is_that_of_the_web_ui(tmp_path: Path, tiny_pipeline_folder:
 # Single files
 
 
-def to_single_file(folder: Path, file: Path) -> Path:
-    """Write the weights of a tiny pipeline under the names of the original Stable Diffusion."""
-    state = {}
-    for name, value in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
-        state[f"model.diffusion_model.{original_unet_name(name)}"] = value
-    for name, value in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
-        name = original_vae_name(name)
-        attention = "mid.attn_1" in name and name.endswith("weight") and "norm" not in name
-        state[f"first_stage_model.{name}"] = value[:, :, None, None].contiguous() if attention else value
-    for name, value in load_file(folder / "text_encoder" / "model.safetensors").items():
-        state[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
-    save_file(state, file)
-    return file
-
-
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def original_unet_name(name: str) -> str:
-    for pattern, replacement in (
-        (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
-        (r"conv_in", "input_blocks.0.0"),
-        (r"conv_norm_out", "out.0"),
-        (r"conv_out", "out.2"),
-        (r"down_blocks\.(\d)\.resnets\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.0"),
-        (r"down_blocks\.(\d)\.attentions\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.1"),
-        (r"down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op"),
-        (r"mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
-        (r"mid_block\.attentions\.0", "middle_block.1"),
-        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.0"),
-        (r"up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.1"),
-        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"output_blocks.{2 * int(m[1]) + 1}.2"),
-    ):
-        name = re.sub(f"^{pattern}", replacement, name)
-    return re.sub(r"^(\w+_blocks?\.[\d.]+\.)(\w+)(?=\.\w+$)", lambda m: m[1] + RESNET.get(m[2], m[2]), name)
-
-
-def original_vae_name(name: str) -> str:
-    for pattern, replacement in (
-        (r"coder\.down_blocks\.(\d)\.resnets\.(\d)", r"coder.down.\1.block.\2"),
-        (r"coder\.down_blocks\.(\d)\.downsamplers\.0", r"coder.down.\1.downsample"),
-        (r"coder\.up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"coder.up.{2 - int(m[1])}.block.{m[2]}"),
-        (r"coder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"coder.up.{2 - int(m[1])}.upsample"),
-        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-        (r"mid_block\.attentions\.0", "mid.attn_1"),
-        (r"attn_1\.to_out\.0", "attn_1.proj_out"),
-        (r"attn_1\.to_(\w)", r"attn_1.\1"),
-        (r"attn_1\.group_norm", "attn_1.norm"),
-        (r"conv_norm_out", "norm_out"),
-        (r"conv_shortcut", "nin_shortcut"),
-    ):
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def test_single_file_gives_the_same_image_as_the_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    file = to_single_file(tiny_pipeline_folder, tmp_path / "tiny.safetensors")
-    pipe = pipelines.load(file, device="cpu", config=tiny_pipeline_folder)
-    assert type(pipe).__name__ == "StableDiffusionPipeline"
-    np.testing.assert_array_equal(draw(pipe), draw(pipelines.load(tiny_pipeline_folder, device="cpu")))
+def test_single_file_gives_the_same_image_as_the_folder(
+    tiny_pipeline_folder: Path, tiny_single_file: Path, tmp_path: Path
+) -> None:
+    pickled = tmp_path / "tiny.ckpt"
+    torch.save({"state_dict": load_file(tiny_single_file)}, pickled)
+    expected = draw(pipelines.load(tiny_pipeline_folder, device="cpu"))
+    for file in (tiny_single_file, pickled):
+        pipe = pipelines.load(file, device="cpu", config=tiny_pipeline_folder, allow_pickle=file == pickled)
+        assert type(pipe).__name__ == "StableDiffusionPipeline"
+        np.testing.assert_array_equal(draw(pipe), expected)
 
 
 def test_single_file_needs_its_configuration(
-    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline_folder: Path, tiny_single_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    file = to_single_file(tiny_pipeline_folder, tmp_path / "tiny.safetensors")
-    refused(file, "needs the configuration of .*, which is not on this machine and could not be downloaded")
-    refused(file, "needs the configuration of", config=tmp_path)
+    refused(tiny_single_file, "needs the configuration of .*, which is not on this machine and could not be downloaded")
+    refused(tiny_single_file, "needs the configuration of", config=tmp_path)
     save_file({"nothing": torch.zeros(1)}, tmp_path / "other.safetensors")
     refused(tmp_path / "other.safetensors", "could not be loaded", config=tiny_pipeline_folder)

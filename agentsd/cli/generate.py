@@ -1,7 +1,6 @@
 """agentsd-generate: a prompt becomes a picture, stock or accelerated."""
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -145,8 +144,10 @@ def _threads(count: int) -> Iterator[None]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # Before the model is loaded
@@ -172,10 +173,11 @@ def _plan(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Plan
     for lora, _ in loras:
         pipelines.check_lora(lora)
     for option, hashes in recorded.files.items():
-        if option not in given and hashes != [_sha256(file) for file in _files(settings)[option]]:
+        if option not in given and hashes != [pipelines.sha256(file) for file in _files(settings)[option]]:
             raise ValueError(f"the {option.replace('_', ' ')} has changed since {settings.from_png} was made")
     path = pipelines.find(settings.model, allow_pickle=settings.allow_pickle)
     _check_size(settings, pipelines.size_multiple(path))
+    output.check()
     if settings.model == "demo":
         from agentsd.demo import unknown_words
 
@@ -183,7 +185,6 @@ def _plan(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Plan
         unknown = dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt))
         if unknown:
             _say(f"warning: the demo model does not know: {', '.join(unknown)}")
-    output.check()
     return Plan(path, config, batches, output, device, dtype, loras, image, mask)
 
 
@@ -244,6 +245,10 @@ def _batches(settings: Settings, given: dict[str, Any], recorded: Recorded) -> l
         prompts = settings.prompt
     if not prompts:
         raise ValueError("--prompt, --prompt-file or --from-png is needed")
+    try:
+        "".join([*prompts, settings.negative_prompt]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the prompt is not text in UTF-8") from error
     prompts = [prompt for prompt in prompts for _ in range(settings.num_images)]
     if len(prompts) == 1 and "batch_size" not in given:
         # Kernels round by the shape they are given: for the same bits, a repeated image takes its place in a batch
@@ -288,10 +293,6 @@ def _files(settings: Settings) -> dict[str, list[Path]]:
     }
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def _check_size(settings: Settings, multiple: int) -> None:
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value is not None and value % multiple:
@@ -320,7 +321,7 @@ def _load(path: Path, settings: Settings, plan: Plan) -> "DiffusionPipeline":
         for warning in caught:
             _say(f"warning: {' '.join(str(warning.message).split())}")
     if settings.compile:
-        pipe.unet.compile()
+        pipe.unet.compile_repeated_blocks(fullgraph=True)
     return pipe
 
 
@@ -478,7 +479,6 @@ def _fields(
     from agentsd import __version__, pipelines
 
     model = "demo" if settings.model == "demo" else _absolute(settings.model)
-    name = model.rsplit("/", 1)[-1]
     run = {
         "model": model,
         "model_config": settings.model_config and _absolute(settings.model_config),
@@ -492,7 +492,9 @@ def _fields(
         "init_image": settings.init_image and _absolute(settings.init_image),
         "mask": settings.mask and _absolute(settings.mask),
         "versions": _versions(),
-        "sha256": {option: [_sha256(file) for file in files] for option, files in _files(settings).items() if files},
+        "sha256": {
+            option: [pipelines.sha256(file) for file in files] for option, files in _files(settings).items() if files
+        },
     }
     width, height = call["image"].size if "image" in call else (call["width"], call["height"])
     return {
@@ -501,7 +503,7 @@ def _fields(
         "CFG scale": _plain(settings.guidance_scale),
         "Size": f"{width}x{height}",
         "Model hash": pipelines.fingerprint(path),
-        "Model": name.removesuffix(".safetensors"),
+        "Model": Path(model).stem if path.is_file() else Path(model).name,
         "Denoising strength": _plain(settings.strength) if settings.init_image else None,
         "AgentSD run": json.dumps({key: value for key, value in run.items() if value}),
         "Version": f"AgentSD {__version__}",

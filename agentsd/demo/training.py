@@ -465,10 +465,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.assemble(task, vae).to("cpu", torch.float16).save_pretrained(self.folder / "model")
             make_tokenizer(self.folder / "model" / "tokenizer")  # with the files that older transformers read
-            # AutoencoderTiny writes a field that it does not read back, and warns of it.
+            # AutoencoderTiny writes a field that it does not read back, and warns of it; and where it was loaded from.
             path = self.folder / "model" / "vae" / "config.json"
             config = json.loads(path.read_text())
-            del config["block_out_channels"]
+            del config["block_out_channels"], config["_name_or_path"]
             path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _diffuse(self, stage: Stage, task: DiffusionTask, vae: AutoencoderTiny, ema: EMAModel) -> None:
