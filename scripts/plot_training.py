@@ -25,8 +25,11 @@ def main() -> None:
     for line in args.log.read_text().splitlines():
         row = json.loads(line)
         stages.setdefault(row["stage"], {})[row["step"]] = row["loss"]
-    figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.8), constrained_layout=True)
-    for axis, (name, losses) in zip(np.atleast_1d(axes), stages.items(), strict=True):
+    rows = -(-len(stages) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9.6, 2.8 * rows), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(stages) :]:
+        axis.remove()
+    for axis, (name, losses) in zip(axes.flat, stages.items(), strict=False):
         steps, values = np.array(sorted(losses)), np.array([losses[step] for step in sorted(losses)])
         window = max(1, len(values) // 12)
         mean = np.convolve(values, np.ones(window) / window, "valid")
@@ -34,7 +37,8 @@ def main() -> None:
         axis.plot(steps[window - 1 :], mean, color="C0")
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
-    np.atleast_1d(axes)[0].set_ylabel("loss")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss")
     figure.savefig(args.output, dpi=110)
 
 

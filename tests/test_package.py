@@ -134,7 +134,8 @@ def test_wheel_carries_every_preset(installed: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_installed_command_knows_the_version(distributions: Distributions, installed: Path, tmp_path: Path) -> None:
     version = distributions.wheel.name.split("-")[1]
-    assert version in run(installed / "agentsd-generate", "--version", cwd=tmp_path).stdout.split()
+    output = run(installed / "agentsd-generate", "--version", cwd=tmp_path).stdout
+    assert output.startswith(f"agentsd {version}")
 
 
 def test_embedded_model_loads_completely_on_these_libraries() -> None:

@@ -58,7 +58,7 @@ class Recipe:
     seed: int = 0
     vae_steps: int = 2400
     text_steps: int = 1000
-    checker_steps: int = 800
+    checker_steps: int = 2400
     stages: tuple[Stage, ...] = (
         Stage(16, 300, 64, 1e-3, 1e-3),
         Stage(32, 2300, 16, 1e-3, 4e-4),
@@ -550,7 +550,7 @@ class Trainer:
             chosen = [scenes.sample(rng, rng.random() < 0.2) for _ in range(32 // self.accelerator.num_processes)]
             images, _ = scenes.render(chosen, 128, rng.getrandbits(40))
             torch.manual_seed(rng.getrandbits(40))
-            if step % 2:
+            if step % 4 == 0:
                 with torch.no_grad():
                     latents = vae.encode(images.to(self.device) * 2 - 1).latents
                     latents = latents + torch.rand(()) * 0.3 * torch.randn_like(latents)
