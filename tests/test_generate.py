@@ -195,7 +195,9 @@ def test_attention_backend_sliced_agrees_with_sdpa(run: Run) -> None:
 
 def test_compile_agrees_with_eager(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled(module, backend="eager", **options))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: compiled(module, backend="eager", **options)
+    )
     assert run("--stock")[0] == 0
     assert run("--stock", "--compile")[0] == 0
     apart = pixels("outputs/agentsd-0001.png").astype(int) - pixels("outputs/agentsd-0002.png")
@@ -708,7 +710,12 @@ def test_interrupt_keeps_finished_images_and_leaves_no_half_file(tiny_pipeline_f
         tmp_path,
     )
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a background job ignores it
     )
     deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("*.png"))) < 2 and time.monotonic() < deadline:

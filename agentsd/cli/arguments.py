@@ -149,7 +149,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="sdpa, xformers, sliced or a diffusers attention backend, for stock and accelerated alike (default: the "
         "model's own)",
     )
-    group.add_argument("--compile", action="store_true", help="compile the UNet's transformer blocks with torch.compile")
+    group.add_argument(
+        "--compile", action="store_true", help="compile the UNet's transformer blocks with torch.compile"
+    )
 
     group = parser.add_argument_group("sampling")
     group.add_argument(

@@ -466,10 +466,9 @@ class Trainer:
             self.assemble(task, vae).to("cpu", torch.float16).save_pretrained(self.folder / "model")
             make_tokenizer(self.folder / "model" / "tokenizer")  # with the files that older transformers read
             # AutoencoderTiny writes a field that it does not read back, and warns of it; and where it was loaded from.
-            path = self.folder / "model" / "vae" / "config.json"
-            config = json.loads(path.read_text())
-            del config["block_out_channels"], config["_name_or_path"]
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            _edit(self.folder / "model" / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
+            # transformers loads in the dtype of the file unless it is told another, diffusers in float32.
+            _edit(self.folder / "model" / "text_encoder" / "config.json", dtype="float32")
 
     def _diffuse(self, stage: Stage, task: DiffusionTask, vae: AutoencoderTiny, ema: EMAModel) -> None:
         name = f"diffusion-{stage.grid}"
@@ -571,3 +570,8 @@ class Trainer:
 def _betas(alphas_cumprod: Tensor) -> list[float]:
     previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
     return (1 - alphas_cumprod / previous).tolist()
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    config = {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value is not None}
+    path.write_text(json.dumps(config, indent=2) + "\n")
