@@ -309,7 +309,6 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.sample_every = sample_every
         self.device = accelerator.device
-        torch.manual_seed(recipe.seed)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
@@ -401,6 +400,7 @@ class Trainer:
         """Stage `vae`: crops of pictures of every size, a quarter of them in other colours."""
         result = self.folder / "model" / "vae"
         if not result.exists():
+            torch.manual_seed(self.recipe.seed)
             task = VAETask(self.recipe.thing_weight)
 
             def batch(step: int) -> tuple[Tensor, ...]:
@@ -426,6 +426,7 @@ class Trainer:
         """Stage `text`."""
         result = self.folder / "text_encoder"
         if not result.exists():
+            torch.manual_seed(self.recipe.seed)
             task = TextTask(make_text_encoder(self.tokenizer))
 
             def batch(step: int) -> tuple[Tensor, ...]:
@@ -541,6 +542,7 @@ class Trainer:
         if result.exists():
             return
         vae = self.vae()
+        torch.manual_seed(self.recipe.seed)
         task = CheckerTask()
 
         def batch(step: int) -> tuple[Tensor, ...]:
