@@ -36,15 +36,18 @@ class Phase:
             progress < until.
         attention: `agent` is AgentSD's agent attention on merged tokens, `merge` is ToMe for SD, `kv` is attention of
             every query to size-weighted groups of keys and
-            values, `stock` leaves the layer alone.
+            values, `stock` leaves the attention alone.
         ratio: share of the tokens that are merged away, at most 1 − 1/(sx·sy); None is the configuration's. Plays no
-            part in `kv`.
+            part in the attention of `kv`.
         stride: cells in which one token is a destination, one number or (sx, sy) along width and height.
         agent_ratio: share of the tokens folded to make agents (`agents="merge"`); 0.95 folds all sources.
         agents: agents are `merge`d tokens or `pool`ed queries, one per cell.
         proportional: weigh merged keys by the number of tokens they stand for (`agent`: in the aggregation; `merge`).
         k_scale2: scale of the second product of `agent` is d^(-0.5·k_scale2).
         k_shortcut: share of the values added to the output of `agent`.
+        merge_attn: merge the tokens of the self-attention (`agent`, `merge`).
+        merge_crossattn: merge the queries of the block's cross-attention too, whatever `attention` is.
+        merge_mlp: merge the tokens of the block's feed-forward part too, whatever `attention` is.
         levels: resolutions covered: 1 is the latent grid, 2 half of it …; None is the finest at which the model has
             self-attention.
 
@@ -61,6 +64,9 @@ class Phase:
     proportional: bool = False
     k_scale2: float = 0.3
     k_shortcut: float = 0.075
+    merge_attn: bool = True
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
     levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +88,8 @@ class Phase:
         if self.ratio is not None:
             self.check_ratio(self.ratio)
         _number("agent_ratio", self.agent_ratio, 0, 1)
-        _boolean("proportional", self.proportional)
+        for name in ("proportional", "merge_attn", "merge_crossattn", "merge_mlp"):
+            _boolean(name, getattr(self, name))
         _number("k_scale2", self.k_scale2, 0, 10)
         _number("k_shortcut", self.k_shortcut, 0, 10)
         if self.levels is not None and (
@@ -97,6 +104,17 @@ class Phase:
         """Height and width of a cell, (sy, sx)."""
         sx, sy = self.stride if isinstance(self.stride, tuple) else (self.stride, self.stride)
         return sy, sx
+
+    @property
+    def merges(self) -> bool:
+        """Whether `ratio` plays a part."""
+        merged = self.attention in ("agent", "merge") and self.merge_attn
+        return merged or self.merge_crossattn or self.merge_mlp
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is other than stock."""
+        return self.attention != "stock" or self.merges
 
     def check_ratio(self, ratio: float) -> None:
         """Raise ValueError if so many tokens cannot be merged away at this stride."""
@@ -142,7 +160,7 @@ class AgentSDConfig:
         if sorted(set(ends)) != ends or ends[-1] != 1:
             raise ValueError(f"phases end at {ends}; until must rise from phase to phase and be 1 in the last")
         for phase in self.phases:
-            if phase.attention in ("agent", "merge"):
+            if phase.merges:
                 phase.check_ratio(self.ratio_of(phase))
         _boolean("use_rand", self.use_rand)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:

@@ -83,9 +83,16 @@ class TokenMap:
     def merge(self, tokens: Tensor) -> Tensor:
         """The mean of each group: B×N×C → B×m×C."""
         batch, _, channels = tokens.shape
-        rows = self._flat[:, None].expand(-1, channels)
-        means = tokens.new_zeros(batch * self.groups, channels)
-        means = means.scatter_reduce(0, rows, tokens.reshape(-1, channels), "mean", include_self=False)
+        flat = tokens.reshape(-1, channels)
+        means = flat.new_zeros(batch * self.groups, channels)
+        if torch.are_deterministic_algorithms_enabled():
+            # scatter_reduce adds in no fixed order on CUDA and has no deterministic form there; index_add has.
+            exact = torch.promote_types(flat.dtype, torch.float32)
+            sums = means.to(exact).index_add(0, self._flat, flat.to(exact))
+            means = (sums / self.sizes.to(exact).flatten()[:, None]).to(flat.dtype)
+        else:
+            rows = self._flat[:, None].expand(-1, channels)
+            means = means.scatter_reduce(0, rows, flat, "mean", include_self=False)
         return means.view(batch, self.groups, channels)
 
     def unmerge(self, merged: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.merging import destinations, step_key
-from agentsd.processor import AgentSDProcessor, Plan, obstacle
+from agentsd.processor import AgentSDProcessor, Block, Plan, obstacle
 from agentsd.schedule import Clock, phase_at, progress
 
 if TYPE_CHECKING:
@@ -76,15 +78,18 @@ class Patch:
         self.sample: tuple[int, int] | None = None
         self.layers = find_layers(model)
         self.finest = min((layer.level for layer in self.layers), default=0)
-        covered = {level for phase in config.phases if phase.attention != "stock" for level in self.levels(phase)}
+        covered = {level for phase in config.phases if phase.acts for level in self.levels(phase)}
         self.covered = [layer for layer in self.layers if layer.level in covered]
         present = sorted({layer.level for layer in self.layers})
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no spatial self-attention layer to accelerate")
-        if not self.covered and any(phase.attention != "stock" for phase in config.phases):
-            asked = [list(phase.levels or ()) for phase in config.phases if phase.attention != "stock"]
+        if not self.covered and any(phase.acts for phase in config.phases):
+            asked = [list(phase.levels or ()) for phase in config.phases if phase.acts]
             raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")
-        self.handles = {"": model.register_forward_pre_hook(self.before_call, with_kwargs=True)}
+        # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
+        # partial is copied with the model.
+        before_call = partial(torch.compiler.disable(Patch.before_call), self)
+        self.handles = {"": [model.register_forward_pre_hook(before_call, with_kwargs=True)]}
         for layer in self.covered:
             self.wrap(layer)
 
@@ -92,17 +97,21 @@ class Patch:
         """The levels that a phase covers in this model."""
         return (self.finest,) if phase.levels is None else phase.levels
 
+    def wraps(self, processor: Any) -> bool:
+        """Whether a processor is this patch's own."""
+        return isinstance(processor, AgentSDProcessor) and processor.block.plans is self.plans
+
     def wrap(self, layer: Layer) -> None:
         """Put the acceleration around the processor that the layer has now."""
         inner = layer.block.attn1.processor
         if isinstance(inner, AgentSDProcessor):
             inner = inner.inner
-        if layer.name in self.handles:
-            self.handles.pop(layer.name).remove()
+        for handle in self.handles.pop(layer.name, ()):
+            handle.remove()
         if obstacle(layer.block.attn1, inner) is None:
-            processor = AgentSDProcessor(inner, self.plans, layer.level)
-            layer.block.attn1.set_processor(processor)
-            self.handles[layer.name] = layer.block.norm1.register_forward_pre_hook(processor.remember)
+            block = Block(self.plans, layer.level, self.config.phases)
+            layer.block.attn1.set_processor(AgentSDProcessor(inner, block))
+            self.handles[layer.name] = block.hook(layer.block)
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: decide what each level does in this call."""
@@ -112,13 +121,13 @@ class Patch:
         for layer in self.covered:
             # Something (an IP-Adapter, an xformers or slicing toggle) may have put a processor of its own in the
             # place of ours.
-            if getattr(layer.block.attn1.processor, "plans", None) is not self.plans:
+            if not self.wraps(layer.block.attn1.processor):
                 self.wrap(layer)
         sample: Tensor = args[0] if args else kwargs["sample"]
         timestep = self.clock.read(args[1] if len(args) > 1 else kwargs["timestep"])
         phase = phase_at(self.config.phases, progress(timestep, self.num_train_timesteps))
         self.sample = (sample.shape[-2], sample.shape[-1])
-        if phase.attention == "stock":
+        if not phase.acts:
             return
         key = step_key(self.config.seed, timestep) if self.config.use_rand else None
         for level in self.levels(phase):
@@ -129,8 +138,9 @@ class Patch:
     def remove(self) -> None:
         """Give every layer its processor back and take the hooks off."""
         self.plans.clear()
-        for handle in self.handles.values():
-            handle.remove()
+        for handles in self.handles.values():
+            for handle in handles:
+                handle.remove()
         for layer in self.covered:
             if isinstance(processor := layer.block.attn1.processor, AgentSDProcessor):
                 layer.block.attn1.set_processor(processor.inner)
@@ -157,7 +167,7 @@ def stock_module(net: nn.Module) -> nn.Module:
 def patch_of(net: nn.Module) -> Patch | None:
     """The patch on a network, found by its hook."""
     for hook in stock_module(net)._forward_pre_hooks.values():
-        if isinstance(patch := getattr(hook, "__self__", None), Patch):
+        if isinstance(hook, partial) and hook.args and isinstance(patch := hook.args[0], Patch):
             return patch
     return None
 

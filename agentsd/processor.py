@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from agentsd.attention import Attend, agent_attention, log_size_bias, sdpa, size_weighted_attention
 from agentsd.config import Phase
-from agentsd.merging import Match, match
+from agentsd.merging import Match, TokenMap, match
 
 if TYPE_CHECKING:
+    from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention
 
 
@@ -38,33 +40,46 @@ class Plan:
 
 @dataclass(frozen=True)
 class Counts:
-    """What is done in one layer: the attention, and how many queries, keys and agents (0: none) it has."""
+    """What is done in one layer: the attention, and how many queries, keys and agents (0: none) it has.
+
+    `also` names the other parts of the block whose tokens are merged: `crossattn`, `mlp`.
+    """
 
     attention: str
     queries: int
     keys: int
     agents: int
+    also: tuple[str, ...] = ()
 
     def work(self) -> int:
         """Multiply-adds per channel of both matrix products."""
         return 4 * self.agents * self.queries if self.agents else 2 * self.queries * self.keys
 
 
+def merge_count(phase: Phase, ratio: float, grid: tuple[int, int]) -> int:
+    """How many tokens of a grid the ratio merges away: at most all sources."""
+    tokens = grid[0] * grid[1]
+    cells = (grid[0] // phase.cell[0]) * (grid[1] // phase.cell[1])
+    return min(int(tokens * ratio), tokens - cells) if cells else 0
+
+
 def counts(phase: Phase, ratio: float, grid: tuple[int, int]) -> Counts:
     """What a phase makes of a layer on a token grid."""
     tokens = grid[0] * grid[1]
     cells = (grid[0] // phase.cell[0]) * (grid[1] // phase.cell[1])
+    merged = tokens - merge_count(phase, ratio, grid)
+    also = tuple(part for part in ("crossattn", "mlp") if getattr(phase, f"merge_{part}") and merged < tokens)
     if phase.attention == "stock" or not cells:
-        return Counts("stock", tokens, tokens, 0)
+        return Counts("stock", tokens, tokens, 0, also)
     if phase.attention == "kv":
-        return Counts("kv", tokens, cells, 0)
-    merged = tokens - min(int(tokens * ratio), tokens - cells)
+        return Counts("kv", tokens, cells, 0, also)
+    queries = merged if phase.merge_attn else tokens
     if phase.attention == "agent":
         pooled = phase.agents == "pool"
         agents = cells if pooled else tokens - min(int(tokens * phase.agent_ratio), tokens - cells)
-        if 2 * agents < merged:
-            return Counts("agent", merged, merged, agents)
-    return Counts("merge" if merged < tokens else "stock", merged, merged, 0)
+        if 2 * agents < queries:
+            return Counts("agent", queries, queries, agents, also)
+    return Counts("merge" if queries < tokens else "stock", queries, queries, 0, also)
 
 
 def xformers_attention(op: Any) -> Attend:
@@ -84,24 +99,92 @@ def xformers_attention(op: Any) -> Attend:
     return attend
 
 
+class Block:
+    """What the parts of one transformer block share in a call: the block's input, by which tokens are matched."""
+
+    def __init__(self, plans: dict[int, Plan], level: int, phases: tuple[Phase, ...]) -> None:
+        self.plans = plans
+        self.level = level
+        self.crossattn = any(phase.merge_crossattn for phase in phases)
+        self.mlp = any(phase.merge_mlp for phase in phases)
+        self.forget()
+
+    def forget(self, *_: Any) -> None:
+        """Hold no tensor longer than the block runs."""
+        self.x: Tensor | None = None
+        self._matched: Match | None = None
+        self.map: TokenMap | None = None
+
+    def remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the block's first norm."""
+        self.forget()
+        self.x = args[0]
+
+    def plan(self, tokens: Tensor) -> Plan | None:
+        """The plan in force for a part of the block that is called with `tokens`; None leaves it alone."""
+        plan = self.plans.get(self.level)
+        known = self.x is not None and self.x.shape[:-1] == tokens.shape[:-1]
+        return plan if plan and known and tokens.shape[1:-1] == (plan.tokens,) else None
+
+    def matched(self, plan: Plan) -> Match:
+        """The most similar destinations, found once per call."""
+        if self._matched is None:
+            assert self.x is not None
+            self._matched = match(self.x, plan.destinations)
+        return self._matched
+
+    def merged(self, plan: Plan) -> TokenMap | None:
+        """The map of ToMe for SD, made once per call; None where nothing is merged."""
+        count = merge_count(plan.phase, plan.ratio, plan.grid)
+        if self.map is None and count:
+            self.map = self.matched(plan).fold(count)
+        return self.map
+
+    def merge_crossattn(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook of the cross-attention: its queries are merged tokens."""
+        plan = self.plan(args[0])
+        # An IP-Adapter's masks are laid out on the whole grid.
+        whole = kwargs.get("encoder_hidden_states") is None or kwargs.get("ip_adapter_masks") is not None
+        merged = self.merged(plan) if plan and plan.phase.merge_crossattn and not whole else None
+        return ((merged.merge(args[0]), *args[1:]), kwargs) if merged else None
+
+    def merge_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of the feed-forward part."""
+        plan = self.plan(args[0])
+        merged = self.merged(plan) if plan and plan.phase.merge_mlp else None
+        return (merged.merge(args[0]), *args[1:]) if merged else None
+
+    def unmerge(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        """Forward hook of a part that may have been called with merged tokens."""
+        return self.map.unmerge(out) if self.map and args[0].shape[1] == self.map.groups else None
+
+    def hook(self, block: "BasicTransformerBlock") -> list[RemovableHandle]:
+        """Put on a transformer block the hooks that the phases need."""
+        handles = [block.norm1.register_forward_pre_hook(self.remember)]
+        if self.crossattn and block.attn2 is not None:
+            handles.append(block.attn2.register_forward_pre_hook(self.merge_crossattn, with_kwargs=True))
+            handles.append(block.attn2.register_forward_hook(self.unmerge))
+        if self.mlp:
+            handles.append(block.ff.register_forward_pre_hook(self.merge_mlp))
+            handles.append(block.ff.register_forward_hook(self.unmerge))
+        if self.crossattn or self.mlp:
+            handles.append(block.ff.register_forward_hook(self.forget))
+        return handles
+
+
 class AgentSDProcessor:
     """Wraps the processor of one self-attention layer (AgentSD).
 
-    Whatever it does not handle goes to the wrapped processor untouched: cross-attention, attention masks, a level
-    that the phase does
-    not cover, a token count that is not the level's grid.
+    Whatever it does not handle goes to the wrapped processor untouched: cross-attention, attention masks, a level that
+    the phase does not cover, a token count that is not the level's grid.
     """
 
-    def __init__(self, inner: Any, plans: dict[int, Plan], level: int) -> None:
+    def __init__(self, inner: Any, block: Block) -> None:
         self.inner = inner
         self.attend = attend_like(inner)
-        self.plans = plans
-        self.level = level
-        self.metric: Tensor | None = None
-
-    def remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the block's first norm: its input is the metric of the matching."""
-        self.metric = args[0]
+        self.block = block
 
     def __call__(
         self,
@@ -112,50 +195,48 @@ class AgentSDProcessor:
         **kwargs: Any,
     ) -> Tensor:
         """The output of the attention layer, B×N×C."""
-        x, self.metric = self.metric, None
-        plan = self.plans.get(self.level)
-        if (
-            plan is None
-            or x is None
-            or encoder_hidden_states is not None
-            or attention_mask is not None
-            or hidden_states.shape[1:-1] != (plan.tokens,)
-        ):
-            return self.inner(
+        plan = self.block.plan(hidden_states)
+        if plan is None or encoder_hidden_states is not None or attention_mask is not None:
+            out: Tensor = self.inner(
                 attn,
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        phase = plan.phase
-        todo = counts(phase, plan.ratio, plan.grid)
-        if todo.attention == "stock":
-            return self.inner(attn, hidden_states, **kwargs)
-        if todo.attention == "kv":
-            return self._kv(attn, hidden_states, match(x, plan.destinations))
-        if todo.attention == "agent":
-            return self._agent(attn, hidden_states, x, plan, todo)
-        merged = match(x, plan.destinations).fold(plan.tokens - todo.queries)
-        f = merged.merge(hidden_states)
-        mask = log_size_bias(merged.sizes, f)[:, 0] if phase.proportional else None
+        else:
+            todo = counts(plan.phase, plan.ratio, plan.grid)
+            if todo.attention == "kv":
+                out = self._kv(attn, hidden_states, plan)
+            elif todo.attention == "agent":
+                out = self._agent(attn, hidden_states, plan, todo)
+            elif todo.attention == "merge":
+                out = self._merge(attn, hidden_states, plan, kwargs)
+            else:
+                out = self.inner(attn, hidden_states, **kwargs)
+        if not (self.block.crossattn or self.block.mlp):
+            self.block.forget()
+        return out
+
+    def _merge(self, attn: "Attention", y: Tensor, plan: Plan, kwargs: dict[str, Any]) -> Tensor:
+        merged = self.block.merged(plan)
+        assert merged is not None
+        f = merged.merge(y)
+        mask = log_size_bias(merged.sizes, f)[:, 0] if plan.phase.proportional else None
         return merged.unmerge(self.inner(attn, f, attention_mask=mask, **kwargs))
 
-    def _kv(self, attn: "Attention", y: Tensor, matched: Match) -> Tensor:
-        groups = matched.fold(y.shape[1])
+    def _kv(self, attn: "Attention", y: Tensor, plan: Plan) -> Tensor:
+        groups = self.block.matched(plan).fold(y.shape[1])
         a = groups.merge(y)
         q, k, v = _query(attn, y), _key(attn, a), _heads(attn, attn.to_v(a))
         return _out(attn, size_weighted_attention(q, k, v, groups.sizes, attend=self.attend))
 
-    def _agent(self, attn: "Attention", y: Tensor, x: Tensor, plan: Plan, todo: Counts) -> Tensor:
-        phase, merged, f = plan.phase, None, y
-        if todo.queries < plan.tokens or phase.agents == "merge":
-            matched = match(x, plan.destinations)
-            if todo.queries < plan.tokens:
-                merged = matched.fold(plan.tokens - todo.queries)
-                f = merged.merge(y)
+    def _agent(self, attn: "Attention", y: Tensor, plan: Plan, todo: Counts) -> Tensor:
+        phase = plan.phase
+        merged = self.block.merged(plan) if todo.queries < plan.tokens else None
+        f = merged.merge(y) if merged else y
         if phase.agents == "merge":
-            a = matched.fold(plan.tokens - todo.agents).merge(y)
+            a = self.block.matched(plan).fold(plan.tokens - todo.agents).merge(y)
         else:
             image = y.transpose(1, 2).unflatten(2, plan.grid)
             cells = plan.grid[0] // phase.cell[0], plan.grid[1] // phase.cell[1]

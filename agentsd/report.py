@@ -81,11 +81,13 @@ class Report:
 
 
 def _words(what: Counts, tokens: int) -> str:
-    if what.attention == "agent":
-        return f"agent: {what.queries} tokens, {what.agents} agents"
-    if what.attention == "merge":
-        return f"merge: {what.queries} tokens"
-    return f"kv: {what.keys} agents" if what.attention == "kv" else "stock"
+    words = {
+        "agent": f"agent: {what.queries} tokens, {what.agents} agents",
+        "merge": f"merge: {what.queries} tokens",
+        "kv": f"kv: {what.keys} agents",
+        "stock": "stock",
+    }
+    return " + ".join([words[what.attention], *(f"{part} merged" for part in what.also)])
 
 
 def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None) -> LayerReport:

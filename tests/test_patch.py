@@ -221,14 +221,14 @@ def test_masks_and_other_token_counts_go_to_the_wrapped_processor(unet: Any, inp
     stock = attn(tokens, attention_mask=bias), attn(tokens[:, :99]), attn(tokens, encoder_hidden_states=tokens[:, :9])
     agentsd.apply(unet)
     call(unet, inputs)
-    attn.processor.metric = tokens
+    attn.processor.block.x = tokens
     accelerated = attn(tokens)
     for metric, kwargs, want in (
         (tokens, {"attention_mask": bias}, stock[0]),
         (tokens[:, :99], {}, stock[1]),
         (tokens, {"encoder_hidden_states": tokens[:, :9]}, stock[2]),
     ):
-        attn.processor.metric = metric
+        attn.processor.block.x = metric
         assert torch.equal(attn(metric, **kwargs), want)
     assert not torch.equal(accelerated, attn.processor.inner(attn, tokens))
 
