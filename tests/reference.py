@@ -151,7 +151,7 @@ def reference_attention(
         groups_out = [[token] for token in range(n)]
         key_sizes = [len(group) for group in groups]
     else:
-        groups = groups_out = fold(x, dst, int(n * ratio))
+        groups = groups_out = fold(x, dst, int(n * ratio) if phase.merge_attn else 0)
         f = merge(y, groups)
         q, k, v = project(attn.to_q, f), project(attn.to_k, f), project(attn.to_v, f)
         key_sizes = [len(group) for group in groups] if phase.proportional else None
@@ -209,15 +209,38 @@ def reference_unet(
     hooks, patched = [], []
     given = iter(matched_on)
 
+    def on_merged(part: nn.Module, inputs: list[Tensor], grid: list[int]) -> None:
+        """Call a part of a block with merged tokens, picture by picture (ToMe for SD)."""
+        stock = part.forward
+
+        def forward(y: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
+            (h, w), (x,) = grid, inputs
+            dst = list(destinations((h, w), (sy, sx))) if h >= sy and w >= sx else []
+            rows = []
+            for i in range(len(y)):
+                groups = fold(x[i], dst, int(h * w * ratio)) if dst else [[token] for token in range(h * w)]
+                context = () if encoder_hidden_states is None else (encoder_hidden_states[i : i + 1],)
+                rows.append(unmerge(stock(merge(y[i], groups)[None], *context, **kwargs)[0], groups))
+            return torch.stack(rows)
+
+        part.forward = forward
+        patched.append(part)
+
     def patch(block: nn.Module, grid: list[int]) -> None:
         stock = block.attn1.forward
         inputs: list[Tensor] = []
+        seen: list[Tensor] = []
+        if phase.merge_crossattn:
+            on_merged(block.attn2, seen, grid)
+        if phase.merge_mlp:
+            on_merged(block.ff, seen, grid)
         hooks.append(block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
 
         def forward(y: Tensor, **kwargs: Any) -> Tensor:
             x = next(given, inputs.pop())
+            seen[:] = [x]
             h, w = grid
-            if h < sy or w < sx:
+            if h < sy or w < sx or phase.attention == "stock":
                 return stock(y, **kwargs)
             dst = list(destinations((h, w), (sy, sx)))
             out = [reference_attention(block.attn1, x[i], y[i], (h, w), phase, ratio, dst, fold) for i in range(len(y))]
@@ -241,5 +264,5 @@ def reference_unet(
     finally:
         for hook in hooks:
             hook.remove()
-        for attn in patched:
-            del attn.forward
+        for part in patched:
+            del part.forward

@@ -390,6 +390,41 @@ def test_compiled_blocks_do_not_break_or_recompile(tiny_unet: Callable[..., Any]
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "wrapped before"])
+def test_the_compiled_unet_has_one_graph_per_phase(
+    tiny_unet: Callable[..., Any], inputs: Any, preset: str, how: str
+) -> None:
+    """No graph break, and no recompilation over a run, a second run, or another prompt."""
+    from torch._dynamo.testing import CompileCounter
+
+    unet = tiny_unet().requires_grad_(False)
+    inputs = inputs[0].float(), inputs[1].float()
+    stock = call(unet, inputs, TIMESTEPS[0])
+    agentsd.apply(unet, preset)
+    eager = [call(unet, inputs, t) for t in TIMESTEPS]
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    model = unet
+    if how == "in place":
+        unet.compile(fullgraph=True, backend=counter)
+    else:
+        model = torch.compile(unet, fullgraph=True, backend=counter)
+    if how == "wrapped before":
+        assert torch.equal(call(agentsd.remove(model), inputs, TIMESTEPS[0]), stock)
+        agentsd.apply(model, preset)
+    before = counter.frame_count
+    compiled = [call(model, inputs, t) for t in TIMESTEPS]
+    assert counter.frame_count - before == len(AgentSDConfig.from_preset(preset).phases)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = [call(model, inputs, t) for t in TIMESTEPS.clone()]
+        call(model, (inputs[0], inputs[1].flip(1)), TIMESTEPS[-1])
+    for a, b, c in zip(eager, compiled, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert torch.equal(call(agentsd.remove(model), inputs, TIMESTEPS[0]), stock)
+
+
 def test_nothing_is_said_in_ordinary_use(unet: Any, inputs: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

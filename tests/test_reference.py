@@ -93,7 +93,7 @@ def expected(
 ) -> Tensor:
     """The reference output. The destinations are the one thing taken from the package."""
     phase = next(p for p in config.phases if 1 - timestep / 1000 < p.until)
-    if phase.attention == "stock":
+    if phase.attention == "stock" and not (phase.merge_crossattn or phase.merge_mlp):
         return run(unet, sample, timestep, text)
     ratio = config.ratio if phase.ratio is None else phase.ratio
     key = step_key(config.seed, timestep) if config.use_rand else None
@@ -139,6 +139,9 @@ def phases(draw: Any, attention: str, until: float) -> Phase:
         proportional=draw(st.booleans()),
         k_scale2=draw(st.floats(0, 1)),
         k_shortcut=draw(st.floats(0, 0.2)),
+        merge_attn=draw(st.booleans()),
+        merge_crossattn=draw(st.booleans()),
+        merge_mlp=draw(st.booleans()),
     )
 
 
@@ -212,7 +215,7 @@ def test_paper_phases_with_options(unet: UNet2DConditionModel, timestep: int, pr
         assert largest(ours - accelerated(unet, paper, *call)) > 1e-3
 
 
-@pytest.mark.parametrize("attention", ["agent", "merge", "kv"])
+@pytest.mark.parametrize("attention", ["agent", "merge", "kv", "stock"])
 @given(data=st.data(), grid=grids, batch=st.integers(1, 3), use_rand=st.booleans(), seed=seeds, early=st.booleans())
 @examples
 def test_any_phase(
@@ -256,14 +259,22 @@ KV = Phase(attention="kv", stride=2)
         (AGENT, {"attention": "merge"}),
         (AGENT, {"attention": "kv"}),
         (AGENT, {"attention": "stock"}),
+        (AGENT, {"merge_attn": False}),
+        (AGENT, {"merge_crossattn": True}),
+        (AGENT, {"merge_mlp": True}),
         (MERGE, {"proportional": True}),
         (MERGE, {"stride": (2, 3)}),
         (MERGE, {"ratio": 0.1}),
         (MERGE, {"attention": "kv"}),
         (MERGE, {"attention": "stock"}),
+        (MERGE, {"merge_attn": False}),
+        (MERGE, {"merge_crossattn": True}),
+        (MERGE, {"merge_mlp": True}),
         (KV, {"stride": (2, 3)}),
         (KV, {"stride": (3, 2)}),
         (KV, {"attention": "stock"}),
+        (KV, {"merge_crossattn": True}),
+        (KV, {"merge_mlp": True}),
     ],
 )
 def test_every_setting_changes_the_output(unet: UNet2DConditionModel, phase: Phase, change: dict[str, Any]) -> None:
