@@ -1,5 +1,6 @@
 """Putting the acceleration on a model and taking it off: finding layers, hooks, restoring."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.merging import destinations, step_key
@@ -75,6 +77,8 @@ class Patch:
         self.enabled = True
         self.clock = Clock()
         self.plans: dict[int, Plan] = {}
+        self.blocks: dict[str, Block] = {}
+        self.left_alone: dict[str, str] = {}
         self.sample: tuple[int, int] | None = None
         self.layers = find_layers(model)
         self.finest = min((layer.level for layer in self.layers), default=0)
@@ -89,40 +93,54 @@ class Patch:
         # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
         # partial is copied with the model.
         before_call = partial(torch.compiler.disable(Patch.before_call), self)
-        self.handles = {"": [model.register_forward_pre_hook(before_call, with_kwargs=True)]}
-        for layer in self.covered:
-            self.wrap(layer)
+        self.handles: list[RemovableHandle] = []
+        self.wrap_all()
+        self.handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
 
     def levels(self, phase: Phase) -> tuple[int, ...]:
         """The levels that a phase covers in this model."""
         return (self.finest,) if phase.levels is None else phase.levels
 
-    def wraps(self, processor: Any) -> bool:
-        """Whether a processor is this patch's own."""
-        return isinstance(processor, AgentSDProcessor) and processor.block.plans is self.plans
-
-    def wrap(self, layer: Layer) -> None:
-        """Put the acceleration around the processor that the layer has now."""
-        inner = layer.block.attn1.processor
+    def wrap(self, layer: Layer) -> str | None:
+        """Put the acceleration around the processor that the layer has now; or say why it has to be left alone."""
+        attn = layer.block.attn1
+        inner = attn.processor
         if isinstance(inner, AgentSDProcessor):
+            if inner.block is self.blocks.get(layer.name):
+                return None
             inner = inner.inner
-        for handle in self.handles.pop(layer.name, ()):
-            handle.remove()
-        if obstacle(layer.block.attn1, inner) is None:
-            block = Block(self.plans, layer.level, self.config.phases)
-            layer.block.attn1.set_processor(AgentSDProcessor(inner, block))
-            self.handles[layer.name] = block.hook(layer.block)
+        reason = obstacle(attn, inner)
+        if reason is None:
+            if layer.name not in self.blocks:
+                block = self.blocks[layer.name] = Block(self.plans, layer.level, self.config.phases)
+                self.handles += block.hook(layer.block)
+            attn.set_processor(AgentSDProcessor(inner, self.blocks[layer.name]))
+        return reason
+
+    def wrap_all(self) -> None:
+        """Wrap every covered layer whose processor is not ours: IP-Adapters, xformers and slicing bring their own.
+
+        Warns of layers that have to be left alone, once for each reason.
+        """
+        left_alone = {layer.name: reason for layer in self.covered if (reason := self.wrap(layer))}
+        names = ", ".join(sorted(set(left_alone.values())))
+        kind = type(self.model).__name__
+        if self.covered and not self.blocks:
+            raise ValueError(f"{kind} has no self-attention layer that can be accelerated: {names} is not known here")
+        if left_alone and left_alone != self.left_alone:
+            warnings.warn(
+                f"agentsd leaves {len(left_alone)} of {len(self.covered)} covered layers of {kind} alone because of "
+                f"{names}; agentsd.describe(model) lists them",
+                stacklevel=2,
+            )
+        self.left_alone = left_alone
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: decide what each level does in this call."""
         self.plans.clear()
         if not self.enabled:
             return
-        for layer in self.covered:
-            # Something (an IP-Adapter, an xformers or slicing toggle) may have put a processor of its own in the
-            # place of ours.
-            if not self.wraps(layer.block.attn1.processor):
-                self.wrap(layer)
+        self.wrap_all()
         sample: Tensor = args[0] if args else kwargs["sample"]
         timestep = self.clock.read(args[1] if len(args) > 1 else kwargs["timestep"])
         phase = phase_at(self.config.phases, progress(timestep, self.num_train_timesteps))
@@ -138,12 +156,14 @@ class Patch:
     def remove(self) -> None:
         """Give every layer its processor back and take the hooks off."""
         self.plans.clear()
-        for handles in self.handles.values():
-            for handle in handles:
-                handle.remove()
+        for handle in self.handles:
+            handle.remove()
         for layer in self.covered:
             if isinstance(processor := layer.block.attn1.processor, AgentSDProcessor):
                 layer.block.attn1.set_processor(processor.inner)
+        # Where fuse_qkv_projections keeps the processors that unfuse_qkv_projections puts back.
+        kept = getattr(self.model, "original_attn_processors", None) or {}
+        kept.update({name: p.inner for name, p in kept.items() if isinstance(p, AgentSDProcessor)})
 
 
 def networks(model: Any, controlnet: bool = True) -> list[nn.Module]:

@@ -259,13 +259,41 @@ def test_a_processor_of_another_kind_is_left_alone_and_reported(unet: Any, input
 
     attn = find_layers(unet)[0].block.attn1
     attn.set_processor(Own())
-    agentsd.apply(unet)
-    call(unet, inputs)
+    with pytest.warns(UserWarning, match=r"leaves 1 of 3 covered layers of UNet2DConditionModel alone because of Own"):
+        agentsd.apply(unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(unet, inputs)
     assert type(attn.processor) is Own
     report = agentsd.describe(unet)
     assert report.layers[0].note == "Own"
     assert report.saved(report.layers[0]) == 0
     assert "left alone: Own" in str(report)
+
+
+def test_nothing_but_processors_of_another_kind_is_an_error(unet: Any) -> None:
+    class Own(AttnProcessor2_0):
+        pass
+
+    unet.set_attn_processor(Own())
+    before = state(unet)
+    with pytest.raises(ValueError, match=r"no self-attention layer that can be accelerated: Own is not known"):
+        agentsd.apply(unet)
+    assert state(unet) == before
+
+
+def test_processors_that_diffusers_kept_aside_come_back_right(unet: Any, inputs: Any) -> None:
+    stock = call(unet, inputs)
+    accelerated = call(agentsd.apply(unet), inputs)
+    unet.fuse_qkv_projections()
+    torch.testing.assert_close(call(unet, inputs), accelerated, rtol=0, atol=1e-10)
+    unet.unfuse_qkv_projections()
+    assert torch.equal(call(unet, inputs), accelerated)
+    unet.fuse_qkv_projections()
+    agentsd.remove(unet)
+    unet.unfuse_qkv_projections()
+    assert not any(isinstance(processor, AgentSDProcessor) for processor in unet.attn_processors.values())
+    assert torch.equal(call(unet, inputs), stock)
 
 
 def test_a_copy_is_independent(unet: Any, inputs: Any) -> None:
