@@ -464,7 +464,7 @@ def _name(settings: Settings, plan: Plan) -> str:
 
 
 def _uses_ratio(config: "AgentSDConfig") -> bool:
-    return any(phase.attention in ("agent", "merge") and phase.ratio is None for phase in config.phases)
+    return any(phase.merges and phase.ratio is None for phase in config.phases)
 
 
 # What a file says about how its image was made

@@ -1,0 +1,430 @@
+"""Latency and memory of the UNet, stock beside accelerated beside the peers, interleaved in one process.
+
+A method is a set of kinds of UNet calls and the share that each has of a 50-step schedule; what is reported is the
+median time of each kind and their weighted mean.
+"""
+
+import copy
+import importlib.metadata
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from agentsd.config import AgentSDConfig
+from agentsd.patch import apply, find_layers
+from agentsd.schedule import phase_at, progress
+
+STEPS = 50
+TIMESTEPS = tuple(999 - 1000 * step // STEPS for step in range(STEPS))
+
+_XL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# Where UNet2DConditionModel's defaults are not those of the architecture.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd21": {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {"sample_size": 128, **_XL},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        model: an architecture of `ARCHITECTURES` with random weights, or whatever `pipelines.load` takes.
+        latent: height and width of the latents.
+        batch: pictures in a UNet call; guidance makes two of each.
+    """
+
+    model: str = "sd15"
+    latent: tuple[int, int] = (64, 64)
+    batch: int = 2
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of UNet call of a method, and its share of the schedule."""
+
+    name: str
+    share: float
+    call: Callable[[], Any]
+
+
+@dataclass
+class Timing:
+    """Seconds of every repetition of one kind of call."""
+
+    method: str
+    kind: str
+    share: float
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, in seconds."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2
+
+
+def build(setting: Setting) -> nn.Module:
+    """The UNet of a setting, in evaluation mode."""
+    from diffusers import UNet2DConditionModel
+
+    dtype = getattr(torch, setting.dtype)
+    if setting.model in ARCHITECTURES:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.random.fork_rng(), torch.device(setting.device):
+                torch.manual_seed(0)
+                unet: nn.Module = UNet2DConditionModel(**ARCHITECTURES[setting.model])
+        finally:
+            torch.set_default_dtype(before)
+    else:
+        from agentsd import pipelines
+
+        unet = pipelines.load(setting.model, device=setting.device, dtype=dtype).unet
+    return unet.eval().requires_grad_(False)
+
+
+def caller(unet: Any, setting: Setting, batch: int) -> Callable[[Any, Tensor], Any]:
+    """A function that calls a UNet at a timestep with the first `batch` elements of a setting's inputs."""
+    generator = torch.Generator().manual_seed(1)
+    dtype, config = getattr(torch, setting.dtype), unet.config
+
+    def noise(*shape: int) -> Tensor:
+        whole = torch.randn(setting.batch, *shape, generator=generator)
+        return whole[:batch].to(setting.device, dtype)
+
+    sample, text = noise(config.in_channels, *setting.latent), noise(77, config.cross_attention_dim)
+    more = {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        more["added_cond_kwargs"] = {"text_embeds": noise(pooled), "time_ids": noise(6)}
+    # The peers' wrappers count on the positions that pipelines use.
+    return lambda net, timestep: net(sample, timestep, encoder_hidden_states=text, return_dict=False, **more)
+
+
+class _Identity:
+    """A self-attention that costs nothing."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """`name:key=value,key=value` → the name and the options, their values read as YAML."""
+    import yaml
+
+    name, _, rest = text.partition(":")
+    options = {}
+    for assignment in filter(None, rest.split(",")):
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"method is {text!r}; options are written name:key=value,key=value")
+        options[key] = yaml.safe_load(value.replace("+", ", ") if value.startswith("[") else value)
+    return name, options
+
+
+PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
+
+
+def check(methods: Sequence[str]) -> None:
+    """Raise ValueError for a method that does not exist or whose package is not installed."""
+    known = ("stock", "floor", *AgentSDConfig.presets(), *PEERS)
+    for text in methods:
+        name, options = parse(text)
+        if name not in known:
+            raise ValueError(f"method is {name!r}; it must be one of {', '.join(known)}")
+        if name in PEERS:
+            if _version(PEERS[name]) is None:
+                raise ValueError(f"method {name!r} needs the package {PEERS[name]}: pip install 'agentsd[bench]'")
+        elif name not in ("stock", "floor"):
+            _config(name, options)
+
+
+def _config(preset: str, options: dict[str, Any]) -> AgentSDConfig:
+    """A preset with fields replaced: of the configuration, or as `field` of every phase."""
+    values = AgentSDConfig.from_preset(preset).to_dict()
+    for key, value in options.items():
+        for scope in [values] if key in values else values["phases"]:
+            scope[key] = value
+    return AgentSDConfig.from_dict(values)
+
+
+def kinds(method: str, unet: Any, setting: Setting) -> list[Kind]:
+    """Put a method on a UNet and return its kinds of calls, in an order in which each finds what it needs cached."""
+    name, options = parse(method)
+    whole = caller(unet, setting, setting.batch)
+
+    def at(step: int, call: Callable[[Any, Tensor], Any] = whole) -> Any:
+        return call(model, timesteps[step])
+
+    timesteps = torch.tensor(TIMESTEPS, device=setting.device)
+    model: Callable[..., Any] = torch.compile(unet, fullgraph=name not in PEERS) if setting.compile else unet
+    if name == "stock":
+        return [Kind("stock", 1.0, partial(at, 0))]
+    if name == "floor":
+        layers = find_layers(unet)
+        levels = options.get("levels", min(layer.level for layer in layers))
+        for layer in layers:
+            if levels == "all" or layer.level in (levels if isinstance(levels, list) else [levels]):
+                layer.block.attn1.set_processor(_Identity())
+        return [Kind("floor", 1.0, partial(at, 0))]
+    if name == "tomesd":
+        import tomesd
+
+        tomesd.apply_patch(unet, **({"ratio": 0.4} | options))
+        return [Kind("merge", 1.0, partial(at, 0))]
+    if name == "deepcache":
+        return _deepcache(unet, options, at, timesteps)
+    if name == "tgate":
+        half = caller(unet, setting, max(1, setting.batch // 2))
+        return _tgate(unet, options, at, half)
+    config = _config(name, options)
+    apply(unet, config)
+    steps = [config.phases.index(phase_at(config.phases, progress(t, 1000))) for t in TIMESTEPS]
+    return [
+        Kind(f"{phase.attention} until {phase.until:g}", steps.count(i) / STEPS, partial(at, steps.index(i)))
+        for i, phase in enumerate(config.phases)
+        if i in steps
+    ]
+
+
+def _deepcache(unet: Any, options: dict[str, Any], at: Callable[..., Any], timesteps: Tensor) -> list[Kind]:
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=timesteps)))
+    helper.set_params(**({"cache_interval": 3, "cache_branch_id": 0} | options))
+    helper.enable()
+    interval = helper.params["cache_interval"]
+    share = -(-STEPS // interval) / STEPS
+    reused = [Kind("reused", 1 - share, partial(at, 1))] if interval > 1 else []
+    return [Kind("whole", share, partial(at, 0)), *reused]
+
+
+def _tgate(unet: Any, options: dict[str, Any], at: Callable[..., Any], half: Callable[..., Any]) -> list[Kind]:
+    from tgate.tgate_utils import register_forward, tgate_scheduler
+
+    gate = options.get("gate_step", 10)
+    stages: dict[tuple[Any, ...], list[int]] = {}
+    for step in range(STEPS):
+        ca, sa, keep_shape = tgate_scheduler(cur_step=step, **({"gate_step": gate} | options))
+        stages.setdefault((*ca.values(), *sa.values(), keep_shape, step >= gate), []).append(step)
+
+    def call(step: int) -> Any:
+        ca, sa, keep_shape = tgate_scheduler(cur_step=step, **({"gate_step": gate} | options))
+        register_forward(unet, "Attention", ca_kward=ca, sa_kward=sa, keep_shape=keep_shape)
+        return at(step, half) if step >= gate else at(step)
+
+    ordered = sorted(stages.values(), key=min)
+    return [Kind(f"as step {steps[0]}", len(steps) / STEPS, partial(call, steps[0])) for steps in ordered]
+
+
+@contextmanager
+def _stopwatch(device: str) -> Iterator[Callable[[], float]]:
+    """Yields a function that gives the seconds between entering and leaving."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        yield lambda: start.elapsed_time(end) / 1000
+        end.record()
+        torch.cuda.synchronize(device)
+    else:
+        began = time.perf_counter()
+        ended = began
+        yield lambda: ended - began
+        ended = time.perf_counter()
+
+
+@torch.inference_mode()
+def measure(setting: Setting, methods: Sequence[str], repeats: int = 5, warmup: int = 1) -> list[Timing]:
+    """Time every kind of call of every method, all methods in turn in each repetition.
+
+    Raises:
+        ValueError: a method is not known or not installed.
+    """
+    check(methods)
+    stock = build(setting)
+    shared = {id(tensor): tensor for tensor in (*stock.parameters(), *stock.buffers())}
+    ready = [(method, kinds(method, copy.deepcopy(stock, dict(shared)), setting)) for method in methods]
+    timings = {
+        (method, kind.name): Timing(method, kind.name, kind.share) for method, several in ready for kind in several
+    }
+    calls = (warmup + repeats) * len(timings)
+    with tqdm(total=calls, desc=f"{setting.model} {setting.latent[0]}×{setting.latent[1]}", unit="call") as bar:
+        for repeat in range(-warmup, repeats):
+            for method, several in ready:
+                for kind in several:
+                    with _stopwatch(setting.device) as seconds:
+                        kind.call()
+                    if repeat >= 0:
+                        timings[method, kind.name].seconds.append(seconds())
+                    bar.update()
+    return list(timings.values())
+
+
+@torch.inference_mode()
+def _peak(setting: Setting, method: str) -> int:
+    for kind in kinds(method, build(setting), setting):
+        kind.call()
+    if torch.device(setting.device).type == "cuda":
+        return torch.cuda.max_memory_allocated(setting.device)
+    # Bytes on macOS, KiB elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(setting: Setting, method: str) -> int:
+    """Peak memory of one call of each kind, in bytes, in a process of its own: allocated on CUDA, resident on a CPU."""
+    task = json.dumps({"setting": asdict(setting), "method": method})
+    done = subprocess.run(
+        [sys.executable, "-m", "agentsd.benchmark", task], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {method} failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def over_schedule(timings: Sequence[Timing]) -> dict[str, float]:
+    """Mean seconds of a UNet call over the schedule, per method."""
+    total: dict[str, float] = {}
+    for timing in timings:
+        total[timing.method] = total.get(timing.method, 0.0) + timing.share * timing.median
+    return total
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device, threads and commit."""
+    versions = {name: _version(name) for name in ("torch", "diffusers", "agentsd", *PEERS.values())}
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        **{name: version for name, version in versions.items() if version},
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
+        "threads": torch.get_num_threads(),
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def micro(
+    tokens: Sequence[int], phases: dict[str, AgentSDConfig], setting: Setting, repeats: int = 5
+) -> dict[str, dict[int, float]]:
+    """Median seconds of one self-attention layer of SD 1.5's finest grid, per number of tokens (square grids).
+
+    Args:
+        tokens: numbers of tokens, squares.
+        phases: name → configuration whose first phase is measured.
+        setting: batch, dtype and device.
+        repeats: repetitions, all variants in turn in each.
+    """
+    from diffusers.models.attention import BasicTransformerBlock
+
+    from agentsd.merging import destinations
+    from agentsd.processor import AgentSDProcessor, Block, Plan
+
+    dtype = getattr(torch, setting.dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = BasicTransformerBlock(320, 8, 40, cross_attention_dim=768).to(setting.device, dtype).eval()
+    stock = block.attn1.processor
+    seconds: dict[tuple[str, int], list[float]] = {}
+    variants = {"stock": None, **phases}
+    with torch.inference_mode(), tqdm(total=(repeats + 1) * len(tokens) * len(variants), desc="layers") as bar:
+        for repeat, count in ((r, n) for n in tokens for r in range(repeats + 1)):
+            side = round(count**0.5)
+            # Smooth, as the tokens of a picture are.
+            coarse = torch.randn(setting.batch, 320, 16, 16, generator=torch.Generator().manual_seed(count))
+            image = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+            x = image.flatten(2).transpose(1, 2).to(setting.device, dtype)
+            for name, config in variants.items():
+                processor = stock
+                if config is not None:
+                    phase, grid = config.phases[0], (side, side)
+                    places = destinations(grid, phase.cell, 0, setting.device)
+                    state = Block({1: Plan(phase, config.ratio_of(phase), grid, places)}, 1, config.phases)
+                    processor = AgentSDProcessor(stock, state)
+                block.attn1.set_processor(processor)
+                with _stopwatch(setting.device) as passed:
+                    if config is not None:
+                        state.remember(block.norm1, (x,))
+                    block.attn1(x)
+                if repeat:
+                    seconds.setdefault((name, count), []).append(passed())
+                bar.update()
+    return {name: {n: statistics.median(seconds[name, n]) for n in tokens} for name in variants}
+
+
+def exponent(times: dict[int, float], start: int = 4096) -> float:
+    """The exponent of the growth of time with the number of tokens from `start` on: least squares in the logarithms."""
+    points = [(math.log(n), math.log(t)) for n, t in times.items() if n >= start]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def _setting(values: dict[str, Any]) -> Setting:
+    return Setting(**(values | {"latent": tuple(values["latent"])}))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    print(_peak(_setting(given["setting"]), given["method"]))

@@ -1,0 +1,275 @@
+"""agentsd-bench: time and memory of the UNet, stock beside accelerated beside the peers."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+PROGRAM = "agentsd-bench"
+EXAMPLES = """examples:
+  agentsd-bench                                                  stock, the floor and every preset on SD 1.5, 512×512
+  agentsd-bench --method stock --method paper:ratio=0.5 --method tomesd:ratio=0.5 --latent 64 96 128
+  agentsd-bench --model demo --memory
+  agentsd-bench --micro                                          one layer from 1,024 to 65,536 tokens
+  agentsd-bench --table benchmarks/results/*.json                the table of results, in Markdown
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {PROGRAM} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    from agentsd import AgentSDConfig
+    from agentsd.benchmark import ARCHITECTURES, PEERS
+
+    methods = ", ".join(("stock", "floor", *AgentSDConfig.presets(), *PEERS))
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Measure UNet calls: every method in turn in each repetition, medians, and their mean over a "
+        "50-step schedule.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+    )
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:KEY=VALUE,…]",
+        help=f"one of {methods}; repeatable (default: stock, floor and every preset)",
+    )
+    group.add_argument(
+        "--model",
+        default="sd15",
+        help=f"{', '.join(ARCHITECTURES)} with random weights, or what agentsd-generate --model takes (default: sd15)",
+    )
+    group.add_argument(
+        "--latent",
+        type=_size,
+        nargs="+",
+        default=[64],
+        metavar="CELLS",
+        help="height and width of the latents; Stable Diffusion has 8 pixels to a cell (default: 64, which is 512×512)",
+    )
+    group.add_argument("--batch", type=_positive, default=2, help="pictures in a call; guidance makes two (default: 2)")
+    group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
+    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: the best there is)")
+    group.add_argument("--compile", action="store_true", help="compile the UNet")
+    group.add_argument("--memory", action="store_true", help="peak memory too, each method in a process of its own")
+    group.add_argument("--micro", action="store_true", help="single layers of 1,024 to 65,536 tokens instead")
+    group.add_argument("--repeats", type=_positive, default=5, help="repetitions after one warm-up (default: 5)")
+    group.add_argument("--threads", type=_positive, default=None, help="threads on the CPU (default: torch's)")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the measurements as JSON, and plots beside it"
+    )
+    group.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the table of such files and end")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        if args.table:
+            print("\n\n".join(markdown(_read(path)) for path in args.table))
+            return 0
+        if args.output and not args.output.resolve().parent.is_dir():
+            raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
+        result = _micro(args) if args.micro else _bench(args)
+        print(markdown(result) if args.micro else text(result))
+        if args.output:
+            _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            print(f"wrote {args.output}")
+            if importlib.util.find_spec("matplotlib"):
+                from agentsd.cli.plots import draw
+
+                print(f"wrote {draw(result, args.output)}")
+            else:
+                print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _setting(args: argparse.Namespace, cells: int) -> Any:
+    import torch
+
+    from agentsd import pipelines
+    from agentsd.benchmark import Setting
+
+    device = pipelines.find_device(args.device)
+    dtype = pipelines.find_dtype(args.dtype, device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = str(dtype).removeprefix("torch.")
+    return Setting(args.model, (cells, cells), args.batch, name, str(device), args.compile)
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    from agentsd import AgentSDConfig
+    from agentsd.benchmark import check, environment, measure, over_schedule, peak_memory
+
+    methods = list(dict.fromkeys(args.method or ["stock", "floor", *AgentSDConfig.presets()]))
+    check(methods)
+    runs: list[dict[str, Any]] = []
+    for cells in args.latent:
+        setting = _setting(args, cells)
+        timings = measure(setting, methods, args.repeats)
+        memory = {method: peak_memory(setting, method) for method in methods} if args.memory else {}
+        runs.append(
+            {
+                "setting": asdict(setting),
+                "timings": [asdict(timing) for timing in timings],
+                "schedule": over_schedule(timings),
+                "memory": memory,
+            }
+        )
+    return {"environment": environment(runs[0]["setting"]["device"]), "runs": runs}
+
+
+def _micro(args: argparse.Namespace) -> dict[str, Any]:
+    from agentsd import AgentSDConfig, Phase
+    from agentsd.benchmark import environment, exponent, micro
+
+    setting = _setting(args, 64)
+    phases = (Phase(attention="agent", stride=4), Phase(attention="merge", stride=2), Phase(attention="kv", stride=4))
+    variants = {f"{phase.attention}, stride {phase.stride}": AgentSDConfig(phases=(phase,)) for phase in phases}
+    times = micro([4**n for n in range(5, 9)], variants, setting, args.repeats)
+    return {
+        "environment": environment(setting.device),
+        "setting": asdict(setting),
+        "layers": times,
+        "exponents": {name: exponent(values) for name, values in times.items()},
+    }
+
+
+def rows(run: dict[str, Any]) -> list[list[str]]:
+    """The table of one run: method, kind of call, share, milliseconds, ratio to stock and to the floor, memory."""
+    from agentsd.benchmark import Timing
+
+    total = run["schedule"]
+    timings = [Timing(**timing) for timing in run["timings"]]
+
+    def ratio(name: str, seconds: float) -> str:
+        return f"{total[name] / seconds:.2f}×" if name in total else ""
+
+    table = []
+    for method, seconds in total.items():
+        own = [timing for timing in timings if timing.method == method]
+        memory = f"{run['memory'][method] / 2**30:.2f}" if method in run["memory"] else ""
+        if len(own) > 1:
+            table += [
+                [
+                    f"  {timing.kind}",
+                    f"{timing.share:.0%}",
+                    f"{timing.median * 1000:.0f} ± {timing.spread * 1000:.0f}",
+                    ratio("stock", timing.median),
+                    ratio("floor", timing.median),
+                    "",
+                ]
+                for timing in own
+            ]
+        spread = f" ± {own[0].spread * 1000:.0f}" if len(own) == 1 else ""
+        time = f"{seconds * 1000:.0f}{spread}"
+        table.append([method, "", time, ratio("stock", seconds), ratio("floor", seconds), memory])
+    return table
+
+
+HEAD = ["method", "share of the steps", "ms per UNet call", "faster than stock", "of the floor's speed", "peak GiB"]
+
+
+def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
+    setting = run["setting"]
+    height, width = setting["latent"]
+    how = "compiled" if setting["compile"] else "eager"
+    return (
+        f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}, "
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"diffusers {environment['diffusers']}"
+    )
+
+
+def text(result: dict[str, Any]) -> str:
+    """The tables of all runs, aligned."""
+    blocks = []
+    for run in result["runs"]:
+        table = _filled(run)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in table
+        ]
+        blocks.append("\n".join([_title(run, result["environment"]), "", lines[0], "─" * len(lines[0]), *lines[1:]]))
+    return "\n\n".join(blocks)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of all runs, in Markdown."""
+    if "layers" in result:
+        layers = result["layers"]
+        tokens = list(next(iter(layers.values())))
+        table = [["layer", *(f"{int(n):,} tokens, ms" for n in tokens), "exponent from 4,096"]]
+        for name, times in layers.items():
+            cells = [f"{seconds * 1000:.1f}" for seconds in times.values()]
+            table.append([name, *cells, f"{result['exponents'][name]:.2f}"])
+        return _pipes(table)
+    return "\n\n".join(f"*{_title(run, result['environment'])}*\n\n{_pipes(_filled(run))}" for run in result["runs"])
+
+
+def _filled(run: dict[str, Any]) -> list[list[str]]:
+    """Head and rows without the columns that have nothing in them."""
+    body = rows(run)
+    used = [index for index in range(len(HEAD)) if any(row[index] for row in body)]
+    return [[row[index] for index in used] for row in (HEAD, *body)]
+
+
+def _pipes(table: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("  ", "– ") for cell in line) + " |" for line in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not a file of measurements: it is not JSON") from None
+    if not isinstance(result, dict) or not ("runs" in result or "layers" in result):
+        raise ValueError(f"{path} is not a file of measurements: it has neither runs nor layers")
+    return result
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not text.isdigit() or int(text) < 8 or int(text) % 8:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a multiple of 8 from 8")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

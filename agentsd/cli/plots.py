@@ -1,0 +1,55 @@
+"""Plots of measurements."""
+
+from pathlib import Path
+from typing import Any
+
+
+def draw(result: dict[str, Any], output: Path) -> Path:
+    """Plot a result of agentsd-bench beside its JSON file; returns the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels: list[tuple[str, str, str, dict[str, dict[int, float]]]] = []
+    if "layers" in result:
+        times = {
+            f"{name} (exponent {result['exponents'][name]:.2f})": {int(n): 1000 * t for n, t in values.items()}
+            for name, values in result["layers"].items()
+        }
+        panels.append(("one self-attention layer", "tokens", "ms", times))
+    else:
+        panels.append(
+            ("mean UNet call of a 50-step schedule", "latent cells a side", "s", _lines(result, "schedule", 1))
+        )
+        if any(run["memory"] for run in result["runs"]):
+            panels.append(("peak memory", "latent cells a side", "GiB", _lines(result, "memory", 2**-30)))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained")
+    for axis, (title, across, unit, lines) in zip(axes[0], panels, strict=True):
+        for name, values in lines.items():
+            if len(values) > 1:
+                style = {"stock": "k-", "floor": "k:"}.get(name.split(" (")[0], "-")
+                axis.plot(list(values), list(values.values()), style, marker="o", label=name)
+            else:
+                axis.bar(name, next(iter(values.values())), color="0.4" if name in ("stock", "floor") else None)
+        axis.set(title=title, ylabel=unit)
+        if all(len(values) > 1 for values in lines.values()):
+            axis.set_xlabel(across)
+            axis.legend()
+            if "layers" in result:
+                axis.loglog(base=2)
+        else:
+            axis.tick_params(axis="x", rotation=30)
+        axis.grid(alpha=0.3)
+    picture = output.with_suffix(".png")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def _lines(result: dict[str, Any], key: str, scale: float) -> dict[str, dict[int, float]]:
+    lines: dict[str, dict[int, float]] = {}
+    for run in result["runs"]:
+        for method, value in run[key].items():
+            lines.setdefault(method, {})[run["setting"]["latent"][1]] = value * scale
+    return lines
