@@ -36,11 +36,11 @@ def block_levels(model: nn.Module) -> dict[str, int]:
     levels, level = {}, 1
     for index, block in enumerate(getattr(model, "down_blocks", ())):
         levels[f"down_blocks.{index}"] = level
-        level += bool(getattr(block, "downsamplers", None))
+        level += any(name.endswith("downsamplers") for name, _ in block.named_children())
     levels["mid_block"] = level
     for index, block in enumerate(getattr(model, "up_blocks", ())):
         levels[f"up_blocks.{index}"] = level
-        level -= bool(getattr(block, "upsamplers", None))
+        level -= any(name.endswith("upsamplers") for name, _ in block.named_children())
     return levels
 
 
@@ -59,6 +59,25 @@ def find_layers(model: nn.Module) -> list[Layer]:
                 if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention:
                     layers.append(Layer(f"{name}.transformer_blocks.{index}.attn1", levels[part], block))
     return layers
+
+
+def other_self_attention(model: nn.Module) -> list[str]:
+    """The classes whose attention among tokens is none of the layers that `find_layers` finds."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention_processor import Attention
+
+    modules = dict(model.named_modules())
+    known = {layer.name for layer in find_layers(model)}
+    owners = set()
+    for name, module in modules.items():
+        if name in known or not isinstance(module, Attention):
+            continue
+        if module.is_cross_attention and module.added_kv_proj_dim is None:
+            continue
+        while name and isinstance(modules[name], Attention | nn.ModuleList | BasicTransformerBlock):
+            name = name.rpartition(".")[0]
+        owners.add(type(modules[name]).__name__)
+    return sorted(owners)
 
 
 def level_grid(sample: tuple[int, int], level: int) -> tuple[int, int]:
@@ -86,7 +105,9 @@ class Patch:
         self.covered = [layer for layer in self.layers if layer.level in covered]
         present = sorted({layer.level for layer in self.layers})
         if not self.layers:
-            raise ValueError(f"{type(model).__name__} has no spatial self-attention layer to accelerate")
+            others = other_self_attention(model)
+            why = f"; that of {', '.join(others)} is not covered" if others else ""
+            raise ValueError(f"{type(model).__name__} has no spatial self-attention layer to accelerate{why}")
         if not self.covered and any(phase.acts for phase in config.phases):
             asked = [list(phase.levels or ()) for phase in config.phases if phase.acts]
             raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")

@@ -181,10 +181,13 @@ class AgentSDProcessor:
     the phase does not cover, a token count that is not the level's grid.
     """
 
-    def __init__(self, inner: Any, block: Block) -> None:
-        self.inner = inner
-        self.attend = attend_like(inner)
-        self.block = block
+    def __init__(self, inner: Any = None, block: Block | None = None) -> None:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        # Loading an IP-Adapter makes new processors without arguments; the next call puts them to work.
+        self.inner = AttnProcessor2_0() if inner is None else inner
+        self.attend = attend_like(self.inner)
+        self.block = block or Block({}, 0, ())
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from agentsd.config import AgentSDConfig, Phase
-from agentsd.patch import Layer, Patch, find_layers, level_grid, networks, patch_of, stock_module
+from agentsd.patch import Layer, Patch, find_layers, level_grid, networks, other_self_attention, patch_of, stock_module
 from agentsd.processor import AgentSDProcessor, Counts, counts, obstacle
 
 _STOCK = Phase(attention="stock")
@@ -41,6 +41,7 @@ class Report:
 
     config: AgentSDConfig | None
     layers: tuple[LayerReport, ...]
+    others: tuple[str, ...] = ()
 
     def _shares(self) -> list[float]:
         ends = [phase.until for phase in self.config.phases] if self.config else [1.0]
@@ -77,6 +78,7 @@ class Report:
         ]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"saved of all self-attention products over the schedule: {self.saved():.0%}")
+        lines += [f"self-attention of {name} is left alone" for name in self.others]
         return "\n".join(lines)
 
 
@@ -96,7 +98,8 @@ def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None
     phases = patch.config.phases if patch else (_STOCK,)
     covers = [patch is not None and layer.level in patch.levels(phase) for phase in phases]
     inner = attn.processor.inner if isinstance(attn.processor, AgentSDProcessor) else attn.processor
-    note = (obstacle(attn, inner) or "") if any(covers) else ""
+    reason = obstacle(attn, inner) or (patch.left_alone.get(layer.name) if patch else None)
+    note = reason or "" if any(covers) else ""
     done = tuple(
         counts(phase if covered and not note else _STOCK, patch.config.ratio_of(phase) if patch else 0.0, grid)
         for phase, covered in zip(phases, covers, strict=True)
@@ -104,8 +107,8 @@ def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None
     return LayerReport(f"{prefix}.{layer.name}", layer.level, grid, grid[0] * grid[1], done, attn.inner_dim, note)
 
 
-def _sample_size(net: nn.Module, patch: Patch | None) -> tuple[int, int]:
-    size = patch.sample if patch and patch.sample else getattr(net.config, "sample_size", None) or 64
+def _sample_size(net: nn.Module) -> tuple[int, int]:
+    size = getattr(net.config, "sample_size", None) or 64
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -119,18 +122,21 @@ def describe(model: Any) -> Report:
     Returns:
         A report with one row per spatial self-attention layer; `print(describe(pipe))` shows it as a table.
     """
-    rows = []
-    config = None
-    sample: tuple[int, int] | None = None
-    for net in map(stock_module, networks(model)):
-        patch = patch_of(net)
-        config = config or (patch.config if patch else None)
-        sample = sample or _sample_size(net, patch)
-        prefix = "controlnet" if "ControlNet" in type(net).__name__ else "unet"
+    nets = [stock_module(net) for net in networks(model)]
+    patches = [patch_of(net) for net in nets]
+    config = next((patch.config for patch in patches if patch), None)
+    sample = next((patch.sample for patch in patches if patch and patch.sample), None) or _sample_size(nets[0])
+    controls = [net for net in nets if "ControlNet" in type(net).__name__]
+    rows: list[LayerReport] = []
+    for net, patch in zip(nets, patches, strict=True):
+        prefix = "controlnet" if net in controls else "unet"
+        if net in controls[1:]:
+            prefix += f"_{controls.index(net)}"
         rows += [_row(prefix, layer, sample, patch) for layer in find_layers(net)]
+    others = tuple(sorted({name for net in nets for name in other_self_attention(net)}))
     if config:
         rows = [_padded(row, len(config.phases)) for row in rows]
-    return Report(config, tuple(rows))
+    return Report(config, tuple(rows), others)
 
 
 def _padded(row: LayerReport, phases: int) -> LayerReport:
