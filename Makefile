@@ -4,6 +4,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 SOURCES := agentsd scripts tests
+# Test files side by side, each with one thread.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 DEMO_OUTPUT ?= outputs
 DEMO_PROMPT ?= a large red circle on the left, a small blue star on the right, on a striped green background
@@ -40,11 +42,11 @@ demo: $(VENV)/.package
 	@echo "Stock and accelerated side by side: the pictures named above, in $(DEMO_OUTPUT)/. Next: $(BIN)/agentsd-generate --help."
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 	@echo "All tests passed. Next: make test-oldest, make demo."
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 	@echo "Fast tests passed. Next: make test runs the slow ones too."
 
 lint: $(VENV)/.dev
@@ -66,7 +68,7 @@ $(OLDEST)/.dev: setup.cfg pyproject.toml
 	touch $@
 
 test-oldest: $(OLDEST)/.dev
-	$(OLDEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
 	@echo "All tests passed on the versions in $(OLDEST)/constraints.txt."
 
 clean:

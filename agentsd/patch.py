@@ -1,6 +1,7 @@
 """Putting the acceleration on a model and taking it off: finding layers, hooks, restoring."""
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,10 +90,11 @@ def level_grid(sample: tuple[int, int], level: int) -> tuple[int, int]:
 class Patch:
     """The acceleration of one UNet or ControlNet: its layers, its hooks and what the call in progress is to do."""
 
-    def __init__(self, model: nn.Module, config: AgentSDConfig, num_train_timesteps: int) -> None:
+    def __init__(self, model: nn.Module, config: AgentSDConfig, pipe: Any = None) -> None:
         self.model = model
         self.config = config
-        self.num_train_timesteps = num_train_timesteps
+        # Its scheduler may be swapped. Not owned: a copy of the model is not to copy the pipeline.
+        self.pipe = weakref.ref(pipe) if hasattr(pipe, "scheduler") else lambda: None
         self.enabled = True
         self.clock = Clock()
         self.plans: dict[int, Plan] = {}
@@ -143,9 +145,17 @@ class Patch:
 
         Warns of layers that have to be left alone, once for each reason.
         """
+        from diffusers.models.attention import BasicTransformerBlock
+
+        kind = type(self.model).__name__
+        for layer in self.covered:
+            if type(layer.block).forward is not BasicTransformerBlock.forward:
+                raise ValueError(
+                    f"{kind} has transformer blocks of class {type(layer.block).__name__}: something else, such as "
+                    "tomesd, merges their tokens; take it off, or call agentsd.remove(model)"
+                )
         left_alone = {layer.name: reason for layer in self.covered if (reason := self.wrap(layer))}
         names = ", ".join(sorted(set(left_alone.values())))
-        kind = type(self.model).__name__
         if self.covered and not self.blocks:
             raise ValueError(f"{kind} has no self-attention layer that can be accelerated: {names} is not known here")
         if left_alone and left_alone != self.left_alone:
@@ -164,7 +174,9 @@ class Patch:
         self.wrap_all()
         sample: Tensor = args[0] if args else kwargs["sample"]
         timestep = self.clock.read(args[1] if len(args) > 1 else kwargs["timestep"])
-        phase = phase_at(self.config.phases, progress(timestep, self.num_train_timesteps))
+        scheduler = getattr(self.pipe(), "scheduler", None)
+        steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+        phase = phase_at(self.config.phases, progress(timestep, steps))
         self.sample = (sample.shape[-2], sample.shape[-1])
         if not phase.acts:
             return
@@ -240,20 +252,18 @@ def apply(model: Model, config: AgentSDConfig | str | None = None, /, **override
         config = AgentSDConfig.from_preset(config)
     config = (config or AgentSDConfig()).replace(**overrides)
     nets = [stock_module(net) for net in networks(model, config.controlnet)]
-    scheduler = getattr(model, "scheduler", None)
-    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     previous = [(net, patch) for net in map(stock_module, networks(model)) if (patch := patch_of(net))]
     remove(model)
     done: list[nn.Module] = []
     try:
         for net in nets:
-            Patch(net, config, steps)
+            Patch(net, config, model)
             done.append(net)
     except ValueError:
         for net in done:
             remove(net)
         for net, patch in previous:
-            Patch(net, patch.config, patch.num_train_timesteps)
+            Patch(net, patch.config, patch.pipe())
         raise
     return model
 
@@ -288,11 +298,11 @@ def disabled(model: Model) -> Iterator[Model]:
 @contextmanager
 def applied(model: Model, config: AgentSDConfig | str | None = None, /, **overrides: Any) -> Iterator[Model]:
     """Context in which a model is accelerated; afterwards it is what it was before."""
-    previous = [(net, patch.config, patch.num_train_timesteps) for net in networks(model) if (patch := patch_of(net))]
+    previous = [(net, patch.config, patch.pipe()) for net in networks(model) if (patch := patch_of(net))]
     apply(model, config, **overrides)
     try:
         yield model
     finally:
         remove(model)
-        for net, old, steps in previous:
-            Patch(stock_module(net), old, steps)
+        for net, old, pipe in previous:
+            Patch(stock_module(net), old, pipe)

@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--checker", type=Path, help="weights of another checker")
-    parser.add_argument("--output", type=Path, help="folder for accuracy.json and one sheet of pictures per method")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for accuracy.json, the pictures and a sheet of them per method; what is there is kept",
+    )
     args = parser.parse_args()
 
     checker = AttributeChecker.load(args.checker)
@@ -41,7 +45,8 @@ def main() -> None:
         agentsd.remove(pipe)
         if method != "stock":
             agentsd.apply(pipe, method)
-        images = draw(pipe, prompts, args.steps, args.guidance_scale, args.batch_size)
+        folder = args.output / method if args.output else None
+        images = draw(pipe, prompts, args.steps, args.guidance_scale, args.batch_size, folder)
         rows[method] = measure(images, prompts, checker)
         if method == "stock":
             stock = images

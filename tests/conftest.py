@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compatibility import compatibility, pytest_addoption, pytest_sessionfinish  # noqa: F401
+
 TinyUNet = Callable[..., Any]
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from conftest import build_tokenizer, build_unet
 from torch import Tensor, nn
+
+from conftest import build_tokenizer, build_unet
 
 # In pixels; the VAE halves twice. SDXL has its finest self-attention at half the latent grid, which is 16×16 then.
 SIZE, SIZE_XL = 64, 128

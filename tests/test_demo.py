@@ -183,6 +183,18 @@ def test_the_model_draws_what_it_is_asked(pipe: Any) -> None:
 
 
 @pytest.mark.slow
+def test_pictures_that_are_there_are_not_drawn_again(pipe: Any, tmp_path: Path) -> None:
+    prompts = held_out_prompts(4, seed=6)
+    first = draw(pipe, prompts, steps=1, batch=2, folder=tmp_path)
+    times = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert sorted(times) == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    (tmp_path / "00003.png").unlink()
+    again = draw(pipe, prompts, steps=1, batch=2, folder=tmp_path)
+    assert torch.equal(again, first)
+    assert all((tmp_path / name).stat().st_mtime_ns == times[name] for name in ("00000.png", "00001.png"))
+
+
+@pytest.mark.slow
 def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 

@@ -11,9 +11,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import build_unet
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+import agentsd
+from conftest import build_unet
 from families import (
     FAMILIES,
     PROMPT,
@@ -29,9 +32,6 @@ from families import (
     unet,
     unet_xl,
 )
-from torch import Tensor, nn
-
-import agentsd
 
 Shapes = dict[str, set[int]]
 

@@ -1,6 +1,7 @@
 """How the patch behaves: what it leaves alone, what it leaves behind, and what an image may depend on."""
 
 import copy
+import importlib
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -282,6 +283,24 @@ def test_nothing_but_processors_of_another_kind_is_an_error(unet: Any) -> None:
     assert state(unet) == before
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("diffusers.models.attention", "BasicTransformerBlock"),
+        ("diffusers.models.transformers.transformer_2d", "Transformer2DModel"),
+        ("diffusers.models.attention_processor", "FusedAttnProcessor2_0"),
+    ],
+)
+def test_a_class_that_diffusers_renames_is_met_by_an_error_that_names_it(
+    unet: Any, module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(importlib.import_module(module), name)
+    before = state(unet)
+    with pytest.raises((ImportError, AttributeError), match=name):
+        agentsd.apply(unet)
+    assert state(unet) == before
+
+
 def test_processors_that_diffusers_kept_aside_come_back_right(unet: Any, inputs: Any) -> None:
     stock = call(unet, inputs)
     accelerated = call(agentsd.apply(unet), inputs)
@@ -418,6 +437,7 @@ def test_compiled_blocks_do_not_break_or_recompile(tiny_unet: Callable[..., Any]
         assert torch.equal(a, c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 @pytest.mark.parametrize("how", ["wrapped", "in place", "wrapped before"])
 def test_the_compiled_unet_has_one_graph_per_phase(

@@ -2,9 +2,12 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,18 +39,33 @@ def shares(rights: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in pooled.items() if values}
 
 
-def draw(pipe: Any, prompts: list[str], steps: int = 25, guidance: float = 4.0, batch: int = 4) -> Tensor:
-    """One picture per prompt, seeded by its index: B×3×H×W in [0, 1]."""
-    images = []
+def draw(
+    pipe: Any, prompts: list[str], steps: int = 25, guidance: float = 4.0, batch: int = 4, folder: Path | None = None
+) -> Tensor:
+    """One picture per prompt, seeded by its index and rounded to 8 bits: B×3×H×W in [0, 1].
+
+    With `folder`, each is a PNG file there, and those that are there already are not drawn again.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc="pictures", unit="batch"):
-        part = prompts[start : start + batch]
-        generators = [torch.Generator().manual_seed(start + index) for index in range(len(part))]
-        pipe.set_progress_bar_config(disable=True)
+        numbers = range(start, min(start + batch, len(prompts)))
+        files = [folder / f"{number:05d}.png" for number in numbers] if folder else []
+        if files and all(file.exists() for file in files):
+            images += [Image.open(file).convert("RGB") for file in files]
+            continue
         made = pipe(
-            part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt"
+            [prompts[number] for number in numbers],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(number) for number in numbers],
         ).images
-        images.append(made.float().cpu())
-    return torch.cat(images)
+        images += made
+        for file, image in zip(files, made, strict=False):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file.with_suffix(".part"), format="png")
+            file.with_suffix(".part").replace(file)
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
 
 
 def measure(images: Tensor, prompts: list[str], checker: AttributeChecker) -> dict[str, float]:

@@ -61,8 +61,8 @@ class Recipe:
     checker_steps: int = 2400
     stages: tuple[Stage, ...] = (
         Stage(16, 300, 64, 1e-3, 1e-3),
-        Stage(32, 2300, 16, 1e-3, 4e-4),
-        Stage(64, 360, 8, 6e-4, 2e-5),
+        Stage(32, 4400, 16, 1e-3, 2e-4),
+        Stage(64, 1200, 8, 6e-4, 2e-5),
     )
     ema: float = 0.997
     empty_captions: float = 0.1

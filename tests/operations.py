@@ -1,0 +1,366 @@
+"""What diffusers and its neighbours do to a pipeline, each as something done and, where that makes sense, undone."""
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import diffusers
+import tomesd
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from DeepCache import DeepCacheSDHelper
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+Do = Callable[[Any], Any]
+
+
+def fits(pipe: Any) -> str:
+    """Nothing stands against it."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something done to a pipeline.
+
+    Attributes:
+        name: the head of its column in the table.
+        do: does it and returns the pipeline to draw with.
+        undo: takes it back and returns the pipeline to draw with; None where there is no taking back.
+        unfit: why it has no place with a pipeline; empty where it has one.
+        arguments: what the pipeline is to be called with besides, given the pipeline and the arguments it has.
+        refusal: a pattern for the sentence that refuses operation and acceleration together; empty: they work together.
+        keeps: the image remains what it was but for rounding.
+        slow: tried with one family of each kind only.
+    """
+
+    name: str
+    do: Do
+    undo: Do | None = None
+    unfit: Callable[[Any], str] = fits
+    arguments: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    refusal: str = ""
+    keeps: bool = False
+    slow: bool = False
+
+
+def lacks(method: str, what: str) -> Callable[[Any], str]:
+    """Reason: the pipeline has no such method."""
+    return lambda pipe: "" if hasattr(pipe, method) else f"this pipeline has no {what}"
+
+
+def replaces_ip_adapter(pipe: Any) -> str:
+    """Reason: diffusers puts its processor in the place of the IP-Adapter's, which no pipeline survives."""
+    return "replaces the IP-Adapter's own processors in diffusers itself" if has_ip_adapter(pipe) else ""
+
+
+def either(*reasons: Callable[[Any], str]) -> Callable[[Any], str]:
+    """The first reason that there is."""
+    return lambda pipe: next(filter(None, (reason(pipe) for reason in reasons)), "")
+
+
+def has_ip_adapter(pipe: Any) -> bool:
+    return (
+        pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
+        if "encoder_hid_dim_type" in pipe.unet.config
+        else False
+    )
+
+
+def networks(pipe: Any) -> list[Any]:
+    """The UNet and the ControlNets, which compute in each step."""
+    control = getattr(pipe, "controlnet", None)
+    return [pipe.unet, *getattr(control, "nets", [control] if control is not None else [])]
+
+
+def in_place(function: Callable[[Any], Any]) -> Do:
+    """An operation that changes the pipeline it is given."""
+
+    def do(pipe: Any) -> Any:
+        function(pipe)
+        return pipe
+
+    return do
+
+
+def lora(pipe: Any) -> dict[str, Tensor]:
+    """The weights of a LoRA on every attention of the UNet, as a file holds them."""
+    generator = torch.Generator().manual_seed(21)
+    weights = {}
+    for name, module in pipe.unet.named_modules():
+        if name.endswith(("attn1", "attn2")):
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                linear = module.get_submodule(part)
+                for side, shape in (("A", (2, linear.in_features)), ("B", (linear.out_features, 2))):
+                    weights[f"unet.{name}.{part}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * 0.3
+    return weights
+
+
+def load_lora(pipe: Any) -> None:
+    pipe.load_lora_weights(lora(pipe), adapter_name="test")
+
+
+def fuse_lora(pipe: Any) -> None:
+    load_lora(pipe)
+    pipe.fuse_lora()
+
+
+def unfuse_lora(pipe: Any) -> None:
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+
+
+IMAGE_WIDTH = 8
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    """Load an IP-Adapter of four tokens; its image is given as an embedding."""
+    generator = torch.Generator().manual_seed(22)
+    width = pipe.unet.config.cross_attention_dim
+    attention = {}
+    layers = [name for name in pipe.unet.attn_processors if "attn2" in name and "motion_modules" not in name]
+    for index, name in enumerate(layers):
+        attn = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        for part in ("k", "v"):
+            weight = torch.randn(attn.inner_dim, width, generator=generator)
+            attention[f"{2 * index + 1}.to_{part}_ip.weight"] = weight
+    projection = {
+        "proj.weight": torch.randn(4 * width, IMAGE_WIDTH, generator=generator),
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    weights = {"image_proj": projection, "ip_adapter": attention}
+    pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+
+
+def image_embedding(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    guided = arguments.get("guidance_scale", 7.5) > 1 and not isinstance(pipe, diffusers.LatentConsistencyModelPipeline)
+    embedding = torch.randn(1, 1, IMAGE_WIDTH, generator=torch.Generator().manual_seed(23))
+    return {"ip_adapter_image_embeds": [torch.cat([0 * embedding, embedding]) if guided else embedding]}
+
+
+def ip_adapter_unfit(pipe: Any) -> str:
+    if isinstance(pipe, diffusers.StableDiffusionInstructPix2PixPipeline):
+        return "diffusers does not hand the image embedding on in this pipeline"
+    return "an IP-Adapter is loaded already" if has_ip_adapter(pipe) else ""
+
+
+def try_xformers(pipe: Any) -> None:
+    """Ask for xformers; without it, or without a GPU, diffusers raises on the way."""
+    with suppress(ModuleNotFoundError, ValueError):
+        pipe.enable_xformers_memory_efficient_attention()
+        # It computes on a GPU only.
+        pipe.disable_xformers_memory_efficient_attention()
+
+
+def sequential_offload(pipe: Any) -> None:
+    """What `enable_sequential_cpu_offload` does to the UNet; diffusers refuses to do it without a GPU."""
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+
+
+def group_offload(pipe: Any) -> None:
+    for net in networks(pipe):
+        net.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def compile_unet(pipe: Any) -> None:
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+
+def restore_unet(pipe: Any) -> None:
+    pipe.unet = pipe.unet._orig_mod
+
+
+def end_compilation(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        module._compiled_call_impl = None
+
+
+def own_scheduler(pipe: Any) -> str:
+    own = isinstance(pipe, diffusers.LatentConsistencyModelPipeline)
+    return "this pipeline works with a scheduler of its own only" if own else ""
+
+
+def numpy_only(pipe: Any) -> str:
+    numpy = isinstance(pipe, diffusers.LDMTextToImagePipeline)
+    return "this pipeline makes a NumPy array of its image, and NumPy has no bfloat16" if numpy else ""
+
+
+def other_scheduler(pipe: Any, **overrides: Any) -> None:
+    """Euler has timesteps that are floats, DDIM whole ones."""
+    euler = isinstance(pipe.scheduler, diffusers.DDIMScheduler)
+    kind = diffusers.EulerDiscreteScheduler if euler else diffusers.DDIMScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **overrides)
+
+
+def deepcache(pipe: Any) -> None:
+    pipe.deepcache = DeepCacheSDHelper(pipe=pipe)
+    pipe.deepcache.set_params(cache_interval=2, cache_branch_id=0)
+    pipe.deepcache.enable()
+
+
+def merge_tokens(pipe: Any) -> None:
+    tomesd.apply_patch(pipe, ratio=0.5, max_downsample=8, use_rand=False)
+
+
+def tomesd_unfit(pipe: Any) -> str:
+    motion = isinstance(pipe.unet, diffusers.UNetMotionModel)
+    return "tomesd takes the temporal layers for spatial ones, with or without agentsd" if motion else ""
+
+
+def second_pipeline(pipe: Any) -> Any:
+    twin = type(pipe).from_pipe(pipe)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+freeu = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
+
+
+def operations() -> tuple[Operation, ...]:
+    no_lora = lacks("load_lora_weights", "LoRA loader")
+    no_mixin = lacks("enable_freeu", "such method")
+    return (
+        Operation("load LoRA", in_place(load_lora), in_place(lambda pipe: pipe.unload_lora_weights()), no_lora),
+        Operation("fuse LoRA", in_place(fuse_lora), in_place(unfuse_lora), no_lora),
+        Operation(
+            "load IP-Adapter",
+            in_place(load_ip_adapter),
+            in_place(lambda pipe: pipe.unload_ip_adapter()),
+            either(lacks("load_ip_adapter", "IP-Adapter loader"), ip_adapter_unfit),
+            image_embedding,
+        ),
+        Operation(
+            "xformers without a GPU",
+            in_place(try_xformers),
+            in_place(lambda pipe: pipe.disable_xformers_memory_efficient_attention()),
+            keeps=True,
+        ),
+        Operation(
+            "attention backend",
+            in_place(lambda pipe: pipe.unet.set_attention_backend("native")),
+            in_place(lambda pipe: pipe.unet.reset_attention_backend()),
+            keeps=True,
+        ),
+        Operation(
+            "attention slicing",
+            in_place(lambda pipe: pipe.enable_attention_slicing("max")),
+            in_place(lambda pipe: pipe.disable_attention_slicing()),
+            replaces_ip_adapter,
+            keeps=True,
+        ),
+        Operation(
+            "set processors",
+            in_place(lambda pipe: pipe.unet.set_attn_processor(AttnProcessor())),
+            in_place(lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0())),
+            replaces_ip_adapter,
+            keeps=True,
+        ),
+        Operation(
+            "fuse QKV",
+            in_place(lambda pipe: pipe.fuse_qkv_projections(vae=False)),
+            in_place(lambda pipe: pipe.unfuse_qkv_projections(vae=False)),
+            either(no_mixin, replaces_ip_adapter),
+            keeps=True,
+        ),
+        Operation(
+            "FreeU",
+            in_place(lambda pipe: pipe.enable_freeu(**freeu)),
+            in_place(lambda pipe: pipe.disable_freeu()),
+            no_mixin,
+        ),
+        Operation(
+            "float64",
+            in_place(lambda pipe: pipe.to(torch.float64)),
+            in_place(lambda pipe: pipe.to(torch.float32)),
+        ),
+        Operation(
+            "bfloat16",
+            in_place(lambda pipe: pipe.to(torch.bfloat16)),
+            in_place(lambda pipe: pipe.to(torch.float32)),
+            numpy_only,
+        ),
+        Operation(
+            "channels last",
+            in_place(lambda pipe: pipe.unet.to(memory_format=torch.channels_last)),
+            in_place(lambda pipe: pipe.unet.to(memory_format=torch.contiguous_format)),
+            keeps=True,
+        ),
+        Operation(
+            "model offload",
+            in_place(lambda pipe: pipe.enable_model_cpu_offload(device="cpu")),
+            in_place(lambda pipe: pipe.remove_all_hooks()),
+            lambda pipe: "" if pipe.model_cpu_offload_seq else "this pipeline names no order of its models",
+            keeps=True,
+        ),
+        Operation(
+            "sequential offload",
+            in_place(sequential_offload),
+            in_place(lambda pipe: remove_hook_from_submodules(pipe.unet)),
+            keeps=True,
+        ),
+        Operation("group offload", in_place(group_offload), keeps=True),
+        Operation("compile the UNet", in_place(compile_unet), in_place(restore_unet), keeps=True, slow=True),
+        Operation(
+            "compile in place",
+            in_place(lambda pipe: pipe.unet.compile(backend="eager")),
+            in_place(end_compilation),
+            keeps=True,
+            slow=True,
+        ),
+        Operation(
+            "compile repeated blocks",
+            in_place(lambda pipe: pipe.unet.compile_repeated_blocks(backend="eager")),
+            in_place(end_compilation),
+            lambda pipe: "" if pipe.unet._repeated_blocks else "diffusers names no repeated blocks of this UNet",
+            keeps=True,
+            slow=True,
+        ),
+        Operation("another scheduler", in_place(other_scheduler), unfit=own_scheduler),
+        Operation(
+            "another noise schedule",
+            in_place(lambda pipe: other_scheduler(pipe, num_train_timesteps=500)),
+            unfit=own_scheduler,
+        ),
+        Operation("deepcopy", copy.deepcopy, keeps=True),
+        Operation("components in a second pipeline", second_pipeline, keeps=True),
+        Operation(
+            "DeepCache",
+            in_place(deepcache),
+            in_place(lambda pipe: pipe.deepcache.disable()),
+        ),
+        Operation(
+            "tomesd",
+            in_place(merge_tokens),
+            in_place(tomesd.remove_patch),
+            tomesd_unfit,
+            refusal="merges their tokens",
+        ),
+    )
+
+
+OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in operations()}
+
+
+class Called:
+    """A pipeline that is called with other arguments than it is given."""
+
+    def __init__(self, pipe: Any, operation: Operation | None = None) -> None:
+        self._pipe = pipe
+        self._operation = operation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        # One step in the phase of agent attention and one in that of merging: enough here, and cheaper.
+        if arguments["num_inference_steps"] in (3, 4):
+            arguments["num_inference_steps"] -= 1
+        if self._operation and self._operation.arguments:
+            arguments |= self._operation.arguments(self._pipe, arguments)
+        return self._pipe(**arguments)
