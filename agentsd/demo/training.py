@@ -90,15 +90,19 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,-'")
+    # Unless they are there first, the trainer numbers the endings of words in no fixed order and breaks ties by number.
+    endings = [letter + "</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+        vocab_size=1000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        special_tokens=endings,
+        show_progress=False,
     )
     bpe.train_from_iterator([" ".join(scenes.VOCABULARY)] * 4 + [" ".join(letters)], trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens = list(
-        dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *(m.replace(" ", "") for m in merges)])
-    )
+    tokens = list(dict.fromkeys([*letters, *endings, *(m.replace(" ", "") for m in merges)]))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
@@ -464,8 +468,11 @@ class Trainer:
                 save_file({key: value.cpu() for key, value in task.state_dict().items()}, result)
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            # Saved anew, the tokenizer would lose the files that older transformers read.
+            tokenizer = {file: file.read_bytes() for file in (self.folder / "model" / "tokenizer").iterdir()}
             self.assemble(task, vae).to("cpu", torch.float16).save_pretrained(self.folder / "model")
-            make_tokenizer(self.folder / "model" / "tokenizer")  # with the files that older transformers read
+            for file, content in tokenizer.items():
+                file.write_bytes(content)
             # AutoencoderTiny writes a field that it does not read back, and warns of it; and where it was loaded from.
             _edit(self.folder / "model" / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
             # transformers loads in the dtype of the file unless it is told another, diffusers in float32.
