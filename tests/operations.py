@@ -8,6 +8,7 @@ from typing import Any
 
 import accelerate
 import diffusers
+import pytest
 import tomesd
 import torch
 from accelerate.hooks import remove_hook_from_submodules
@@ -164,8 +165,13 @@ def sequential_offload(pipe: Any) -> None:
 
 
 def group_offload(pipe: Any) -> None:
-    for net in networks(pipe):
-        net.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    try:
+        for net in networks(pipe):
+            net.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    except RuntimeError as error:
+        if "Cannot access accelerator" not in str(error):
+            raise
+        pytest.skip("older versions of diffusers have no group offload without an accelerator")
 
 
 def compile_unet(pipe: Any) -> None:
