@@ -176,6 +176,11 @@ def test_half_precision(run: Run) -> None:
         assert run("--dtype", dtype)[0] == 0
     run()
     half, brain, full = (pixels(f"outputs/agentsd-000{number}.png").astype(int) for number in (1, 2, 3))
+    drawn = [
+        torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=d).float() for d in (torch.float16, None)
+    ]
+    if not torch.allclose(*drawn, atol=1e-2):
+        pytest.skip("older versions of torch draw other noise in half precision")
     assert 0 < abs(half - full).mean() < abs(brain - full).mean() < 10
 
 

@@ -16,6 +16,7 @@ import agentsd
 from agentsd import AgentSDConfig, Phase
 from agentsd.patch import find_layers
 from families import FAMILIES, unet
+from operations import called
 
 PROMPT, OTHER_PROMPT = "a red circle", "two blue stars"
 EARLY, LATE = 801, 101
@@ -37,7 +38,8 @@ def draw(pipe: Any, size: tuple[int, int] = (64, 64), seed: int = 0, **options: 
     """Latents after three steps, of which the first is in the phase of agent attention."""
     options = {"prompt": PROMPT, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(seed)} | options
     with torch.no_grad():
-        return pipe(height=size[0], width=size[1], num_inference_steps=3, output_type="latent", **options).images
+        shape = {"height": size[0], "width": size[1]}
+        return called(pipe, **shape, num_inference_steps=3, output_type="latent", **options).images
 
 
 @contextmanager

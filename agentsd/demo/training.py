@@ -473,6 +473,10 @@ class Trainer:
             self.assemble(task, vae).to("cpu", torch.float16).save_pretrained(self.folder / "model")
             for file, content in tokenizer.items():
                 file.write_bytes(content)
+            # transformers 5 leaves out the prefix of CLIP's weights, without which version 4 does not find them.
+            text_encoder = self.folder / "model" / "text_encoder" / "model.safetensors"
+            weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(text_encoder).items()}
+            save_file(weights, text_encoder, metadata={"format": "pt"})
             # AutoencoderTiny writes a field that it does not read back, and warns of it; and where it was loaded from.
             _edit(self.folder / "model" / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
             # transformers loads in the dtype of the file unless it is told another, diffusers in float32.
