@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   agentsd-bench --method stock --method paper:ratio=0.5 --method tomesd:ratio=0.5 --latent 64 96 128
   agentsd-bench --model demo --memory
   agentsd-bench --micro                                          one layer from 1,024 to 65,536 tokens
+  agentsd-bench --profile --method stock --method paper          where the time of a call goes
   agentsd-bench --table benchmarks/results/*.json                the table of results, in Markdown
 """
 
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     from agentsd import AgentSDConfig
     from agentsd.benchmark import ARCHITECTURES, PEERS
 
-    methods = ", ".join(("stock", "floor", *AgentSDConfig.presets(), *PEERS))
+    methods = ", ".join(("stock", "xformers", "floor", *AgentSDConfig.presets(), *PEERS))
     parser = _Parser(
         prog=PROGRAM,
         description="Measure UNet calls: every method in turn in each repetition, medians, and their mean over a "
@@ -64,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--compile", action="store_true", help="compile the UNet")
     group.add_argument("--memory", action="store_true", help="peak memory too, each method in a process of its own")
     group.add_argument("--micro", action="store_true", help="single layers of 1,024 to 65,536 tokens instead")
+    group.add_argument("--profile", action="store_true", help="where the time goes, of stock and ours, instead")
+    group.add_argument(
+        "--fused", action="store_true", help="torch's fused attention even where this package has a faster one"
+    )
     group.add_argument("--repeats", type=_positive, default=5, help="repetitions after one warm-up (default: 5)")
     group.add_argument("--threads", type=_positive, default=None, help="threads on the CPU (default: torch's)")
     group = parser.add_argument_group("output")
@@ -83,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.output and not args.output.resolve().parent.is_dir():
             raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
-        result = _micro(args) if args.micro else _bench(args)
-        print(markdown(result) if args.micro else text(result))
+        result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
+        print(text(result) if "runs" in result else markdown(result))
         if args.output:
             _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             print(f"wrote {args.output}")
@@ -113,7 +118,7 @@ def _setting(args: argparse.Namespace, cells: int) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     name = str(dtype).removeprefix("torch.")
-    return Setting(args.model, (cells, cells), args.batch, name, str(device), args.compile)
+    return Setting(args.model, (cells, cells), args.batch, name, str(device), args.compile, args.fused)
 
 
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,15 +148,30 @@ def _micro(args: argparse.Namespace) -> dict[str, Any]:
     from agentsd.benchmark import environment, exponent, micro
 
     setting = _setting(args, 64)
-    phases = (Phase(attention="agent", stride=4), Phase(attention="merge", stride=2), Phase(attention="kv", stride=4))
-    variants = {f"{phase.attention}, stride {phase.stride}": AgentSDConfig(phases=(phase,)) for phase in phases}
-    times = micro([4**n for n in range(5, 9)], variants, setting, args.repeats)
+    variants = {
+        "agent, 256 agents": Phase(attention="agent", stride=4, max_agents=256),
+        "kv, 256 agents": Phase(attention="kv", stride=4, max_agents=256),
+        "kv, stride 4": Phase(attention="kv", stride=4),
+        "merge, stride 2": Phase(attention="merge", stride=2),
+    }
+    configs = {name: AgentSDConfig(phases=(phase,)) for name, phase in variants.items()}
+    times = micro([4**n for n in range(5, 9)], configs, setting, args.repeats)
     return {
         "environment": environment(setting.device),
         "setting": asdict(setting),
         "layers": times,
         "exponents": {name: exponent(values) for name, values in times.items()},
     }
+
+
+def _profile(args: argparse.Namespace) -> dict[str, Any]:
+    from agentsd import AgentSDConfig
+    from agentsd.benchmark import environment, profile
+
+    methods = list(dict.fromkeys(args.method or ["stock", *AgentSDConfig.presets()]))
+    setting = _setting(args, args.latent[0])
+    parts = profile(setting, methods, args.repeats)
+    return {"environment": environment(setting.device), "setting": asdict(setting), "parts": parts}
 
 
 def rows(run: dict[str, Any]) -> list[list[str]]:
@@ -193,6 +213,7 @@ def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
     setting = run["setting"]
     height, width = setting["latent"]
     how = "compiled" if setting["compile"] else "eager"
+    how += ", fused attention only" if setting.get("fused") else ""
     return (
         f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}, "
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
@@ -227,6 +248,12 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [f"{seconds * 1000:.1f}" for seconds in times.values()]
             table.append([name, *cells, f"{result['exponents'][name]:.2f}"])
         return _pipes(table)
+    if "parts" in result:
+        table = [["ms", *next(iter(result["parts"].values())), "sum"]]
+        for name, parts in result["parts"].items():
+            cells = [f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values()))]
+            table.append([name, *cells])
+        return f"*{_title(result, result['environment'])}*\n\n{_pipes(table)}"
     return "\n\n".join(f"*{_title(run, result['environment'])}*\n\n{_pipes(_filled(run))}" for run in result["runs"])
 
 
@@ -248,8 +275,8 @@ def _read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path} is not a file of measurements: it is not JSON") from None
-    if not isinstance(result, dict) or not ("runs" in result or "layers" in result):
-        raise ValueError(f"{path} is not a file of measurements: it has neither runs nor layers")
+    if not isinstance(result, dict) or not result.keys() & {"runs", "layers", "parts"}:
+        raise ValueError(f"{path} is not a file of measurements: it has none of runs, layers and parts")
     return result
 
 
