@@ -441,6 +441,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},
         "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
+        "driver": _driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "commit": git.stdout.strip() or None,
     }
@@ -451,6 +452,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def _cpu() -> str:
@@ -491,9 +497,9 @@ def micro(
             for name, config in variants.items():
                 processor = stock
                 if config is not None:
-                    phase, grid = config.phases[0], (side, side)
+                    phase, grid = config.phases[0].parts[0], (side, side)
                     places = merging.destinations(grid, phase.cell_on(grid), 0, setting.device)
-                    state = Block({1: Plan(phase, config.ratio_of(phase), grid, places)}, 1, config.phases)
+                    state = Block({1: Plan(phase, config.ratio_of(phase), grid, places)}, 1, (phase,))
                     processor = AgentSDProcessor(stock, state)
                 block.attn1.set_processor(processor)
                 with _stopwatch(setting.device) as passed:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PROGRAM = "agentsd-bench"
+MARKS = ("<!-- agentsd-bench -->", "<!-- /agentsd-bench -->")
 EXAMPLES = """examples:
   agentsd-bench                                                  stock, the floor and every preset on SD 1.5, 512×512
   agentsd-bench --method stock --method paper:ratio=0.5 --method tomesd:ratio=0.5 --latent 64 96 128
   agentsd-bench --model demo --memory
   agentsd-bench --micro                                          one layer from 1,024 to 65,536 tokens
   agentsd-bench --profile --method stock --method paper          where the time of a call goes
-  agentsd-bench --table benchmarks/results/*.json                the table of results, in Markdown
+  agentsd-bench --table benchmarks/results/cpu-*.json            the tables of results, in Markdown
+  agentsd-bench --table benchmarks/results/cpu-*.json --into README.md
 """
 
 
@@ -76,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="write the measurements as JSON, and plots beside it"
     )
     group.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the table of such files and end")
+    group.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help=f"put what --table prints into a text, between the lines {MARKS[0]} and {MARKS[1]}",
+    )
     return parser
 
 
@@ -84,8 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         if args.table:
-            print("\n\n".join(markdown(_read(path)) for path in args.table))
+            tables = "\n\n".join(markdown(_read(path)) for path in args.table)
+            if args.into:
+                _write(args.into, between_marks(args.into, tables))
+                print(f"wrote {args.into}")
+            else:
+                print(tables)
             return 0
+        if args.into:
+            raise ValueError("--into goes with --table")
         if args.output and not args.output.resolve().parent.is_dir():
             raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
         result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
@@ -255,6 +270,20 @@ def markdown(result: dict[str, Any]) -> str:
             table.append([name, *cells])
         return f"*{_title(result, result['environment'])}*\n\n{_pipes(table)}"
     return "\n\n".join(f"*{_title(run, result['environment'])}*\n\n{_pipes(_filled(run))}" for run in result["runs"])
+
+
+def between_marks(path: Path, tables: str) -> str:
+    """The text of a file with `tables` between the two marks.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not have both marks.
+    """
+    before, start, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise ValueError(f"--into is {str(path)!r}; it must have the lines {MARKS[0]} and {MARKS[1]}")
+    return f"{before}{start}\n\n{tables}\n\n{end}{after}"
 
 
 def _filled(run: dict[str, Any]) -> list[list[str]]:
