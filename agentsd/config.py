@@ -1,6 +1,5 @@
 """What to do to which layers, and when: `AgentSDConfig`, its phases, presets and YAML."""
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
@@ -141,9 +140,10 @@ class Phase:
 
     def cell_on(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a cell on a token grid, (sy, sx)."""
-        (height, width), (sy, sx) = grid, self.cell
-        limit = height * width if self.max_agents is None else self.max_agents
-        factor = next(f for f in itertools.count(1) if (height // (f * sy)) * (width // (f * sx)) <= limit)
+        sy, sx = self.cell
+        factor = 1
+        while self.max_agents and (grid[0] // (factor * sy)) * (grid[1] // (factor * sx)) > self.max_agents:
+            factor += 1
         return factor * sy, factor * sx
 
     def pays_on(self, grid: tuple[int, int]) -> bool:
