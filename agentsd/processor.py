@@ -177,8 +177,8 @@ class Block:
         if self.mlp:
             handles.append(block.ff.register_forward_pre_hook(self.merge_mlp))
             handles.append(block.ff.register_forward_hook(self.unmerge))
-        if self.crossattn or self.mlp:
-            handles.append(block.ff.register_forward_hook(self.forget))
+        last = block.ff if self.crossattn or self.mlp else block.attn1
+        handles.append(last.register_forward_hook(self.forget))
         return handles
 
 
@@ -225,8 +225,6 @@ class AgentSDProcessor:
                 out = self._merge(attn, hidden_states, plan, kwargs)
             else:
                 out = self.inner(attn, hidden_states, **kwargs)
-        if not (self.block.crossattn or self.block.mlp):
-            self.block.forget()
         return out
 
     def _merge(self, attn: "Attention", y: Tensor, plan: Plan, kwargs: dict[str, Any]) -> Tensor:

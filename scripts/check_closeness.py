@@ -1,11 +1,13 @@
 """How close accelerated images of the embedded model lie to the stock images of the same seeds, in dB PSNR.
 
-Usage: python scripts/check_closeness.py --prompts 12 --dtype bfloat16 --output benchmarks/results/closeness.json
+Usage: python scripts/check_closeness.py --prompts 12 --dtype bfloat16 --output benchmarks/results/cpu-closeness.json
 """
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -50,7 +52,14 @@ def main() -> None:
         print(f"| {preset} | {statistics.mean(values):.1f} / {min(values):.1f} |")
     if args.output:
         settings = {"prompts": args.prompts, "steps": args.steps, "guidance_scale": args.guidance_scale}
-        result = {"environment": environment("cpu"), **settings, "dtype": args.dtype, "psnr": decibels}
+        command = shlex.join(["python", "scripts/check_closeness.py", *sys.argv[1:]])
+        result = {
+            "command": command,
+            "environment": environment("cpu"),
+            **settings,
+            "dtype": args.dtype,
+            "psnr": decibels,
+        }
         partial = args.output.with_name(args.output.name + ".part")
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         partial.replace(args.output)

@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -106,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
         print(text(result) if "runs" in result else markdown(result))
         if args.output:
+            result["command"] = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
             _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             print(f"wrote {args.output}")
             if importlib.util.find_spec("matplotlib"):
@@ -229,8 +232,12 @@ def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
     height, width = setting["latent"]
     how = "compiled" if setting["compile"] else "eager"
     how += ", fused attention only" if setting.get("fused") else ""
+    what = f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}"
+    return f"{what}, {_machine(environment)}"
+
+
+def _machine(environment: dict[str, Any]) -> str:
     return (
-        f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}, "
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
         f"diffusers {environment['diffusers']}"
     )
@@ -254,22 +261,33 @@ def text(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of all runs, in Markdown."""
+    """The tables of a result in Markdown, each under what was measured, and the command."""
+    environment = result["environment"]
+    tables: list[tuple[str, list[list[str]]]] = []
     if "layers" in result:
-        layers = result["layers"]
+        setting, layers = result["setting"], result["layers"]
         tokens = list(next(iter(layers.values())))
         table = [["layer", *(f"{int(n):,} tokens, ms" for n in tokens), "exponent from 4,096"]]
         for name, times in layers.items():
             cells = [f"{seconds * 1000:.1f}" for seconds in times.values()]
             table.append([name, *cells, f"{result['exponents'][name]:.2f}"])
-        return _pipes(table)
-    if "parts" in result:
+        what = f"one self-attention layer of SD 1.5's finest grid, batch {setting['batch']}, {setting['dtype']}"
+        tables.append((f"{what}, {_machine(environment)}", table))
+    elif "psnr" in result:
+        table = [["preset", "PSNR to the stock image, mean / worst, dB"]]
+        for name, decibels in result["psnr"].items():
+            table.append([name, f"{statistics.mean(decibels):.1f} / {min(decibels):.1f}"])
+        what = f"the embedded model, {result['prompts']} held-out prompts, {result['steps']} steps, {result['dtype']}"
+        tables.append((f"{what}, {_machine(environment)}", table))
+    elif "parts" in result:
         table = [["ms", *next(iter(result["parts"].values())), "sum"]]
         for name, parts in result["parts"].items():
-            cells = [f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values()))]
-            table.append([name, *cells])
-        return f"*{_title(result, result['environment'])}*\n\n{_pipes(table)}"
-    return "\n\n".join(f"*{_title(run, result['environment'])}*\n\n{_pipes(_filled(run))}" for run in result["runs"])
+            table.append([name, *(f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values())))])
+        tables.append((_title(result, environment), table))
+    else:
+        tables += [(_title(run, environment), _filled(run)) for run in result["runs"]]
+    command = f"`{result['command']}`\n\n" if "command" in result else ""
+    return command + "\n\n".join(f"*{title}*\n\n{_pipes(table)}" for title, table in tables)
 
 
 def between_marks(path: Path, tables: str) -> str:
@@ -304,8 +322,8 @@ def _read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path} is not a file of measurements: it is not JSON") from None
-    if not isinstance(result, dict) or not result.keys() & {"runs", "layers", "parts"}:
-        raise ValueError(f"{path} is not a file of measurements: it has none of runs, layers and parts")
+    if not isinstance(result, dict) or not result.keys() & {"runs", "layers", "parts", "psnr"}:
+        raise ValueError(f"{path} is not a file of measurements: it has none of runs, layers, parts and psnr")
     return result
 
 

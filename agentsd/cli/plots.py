@@ -28,14 +28,15 @@ def draw(result: dict[str, Any], output: Path) -> Path:
             panels.append(("peak memory", "latent cells a side", "GiB", _lines(result, "memory", 2**-30)))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained")
     for axis, (title, across, unit, lines) in zip(axes[0], panels, strict=True):
+        several = any(len(values) > 1 for values in lines.values())
         for name, values in lines.items():
-            if len(values) > 1:
+            if several:
                 style = {"stock": "k-", "floor": "k:"}.get(name.split(" (")[0], "-")
                 axis.plot(list(values), list(values.values()), style, marker="o", label=name)
             else:
                 axis.bar(name, next(iter(values.values())), color="0.4" if name in ("stock", "floor") else None)
         axis.set(title=title, ylabel=unit)
-        if all(len(values) > 1 for values in lines.values()):
+        if several:
             axis.set_xlabel(across)
             axis.legend()
             if "layers" in result:
