@@ -166,7 +166,7 @@ def understand(name: str, attn: Any) -> tuple[type[AgentAttention], dict[str, An
             }
     raise ValueError(
         f"{name} is a {type(attn).__name__} with {', '.join(sorted(parts))}, called with {', '.join(arguments)}; "
-        "that is no attention convert_vit understands: leave it out of layers"
+        "that, or its scale, is not what convert_vit understands: leave it out of layers"
     )
 
 
