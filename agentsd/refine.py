@@ -79,7 +79,8 @@ class RefinedProcessor(AgentSDProcessor):
             groups = self.block.matched(plan).fold(plan.tokens - todo.agents)
             a, agents = groups.merge(y), groups.merge(where)
         else:
-            cells = plan.grid[0] // phase.cell[0], plan.grid[1] // phase.cell[1]
+            sy, sx = phase.cell_on(plan.grid)
+            cells = plan.grid[0] // sy, plan.grid[1] // sx
             a = F.adaptive_avg_pool2d(y.transpose(1, 2).unflatten(2, plan.grid), cells).flatten(2).transpose(1, 2)
             agents = positions(cells, y).expand(len(y), -1, -1)
         q, k, v, A = _query(attn, f), _key(attn, f), attn.to_v(f), _query(attn, a)

@@ -167,7 +167,7 @@ def _micro(args: argparse.Namespace) -> dict[str, Any]:
 
     setting = _setting(args, 64)
     variants = {
-        "agent, 256 agents": Phase(attention="agent", stride=4, max_agents=256),
+        "agent, 256 agents": Phase(attention="agent", stride=4, max_agents=256, agent_ratio=1.0),
         "kv, 256 agents": Phase(attention="kv", stride=4, max_agents=256),
         "kv, stride 4": Phase(attention="kv", stride=4),
         "merge, stride 2": Phase(attention="merge", stride=2),
