@@ -140,12 +140,16 @@ def test_fused_turns_the_attention_by_blocks_off(monkeypatch: pytest.MonkeyPatch
     assert taken
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "results"), [("README.md", "cpu-sd15.json cpu-closeness.json"), ("docs/benchmarks.md", "cpu-*.json")]
+)
+def test_the_tables_of_the_texts_are_those_of_the_results(
+    text: str, results: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = Path(__file__).parents[1]
-    files = sorted(map(str, (root / "benchmarks" / "results").glob("cpu-*.json")))
+    files = [str(file) for glob in results.split() for file in sorted((root / "benchmarks" / "results").glob(glob))]
     assert main(["--table", *files]) == 0
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    between = readme.partition(MARKS[0])[2].partition(MARKS[1])[0]
+    between = (root / text).read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
     assert between.strip() == capsys.readouterr().out.strip()
 
 

@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   agentsd-bench --micro                                          one layer from 1,024 to 65,536 tokens
   agentsd-bench --profile --method stock --method paper          where the time of a call goes
   agentsd-bench --table benchmarks/results/cpu-*.json            the tables of results, in Markdown
-  agentsd-bench --table benchmarks/results/cpu-*.json --into README.md
+  agentsd-bench --table benchmarks/results/cpu-*.json --into docs/benchmarks.md
 """
 
 
@@ -286,7 +286,7 @@ def markdown(result: dict[str, Any]) -> str:
         tables.append((_title(result, environment), table))
     else:
         tables += [(_title(run, environment), _filled(run)) for run in result["runs"]]
-    command = f"`{result['command']}`\n\n" if "command" in result else ""
+    command = f"```bash\n{result['command']}\n```\n\n" if "command" in result else ""
     return command + "\n\n".join(f"*{title}*\n\n{_pipes(table)}" for title, table in tables)
 
 
