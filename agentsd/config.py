@@ -247,7 +247,7 @@ class AgentSDConfig:
                 raise ValueError(f"phases is {values['phases']!r}; it must be a list of mappings")
             for phase in values["phases"]:
                 _known("phase", phase, Phase)
-            values["phases"] = tuple(Phase(**phase) for phase in values["phases"])
+            values["phases"] = tuple(Phase(**_levels_as_numbers(phase)) for phase in values["phases"])
         return cls(**values)
 
     @classmethod
@@ -291,6 +291,15 @@ class AgentSDConfig:
             raise ValueError(f"preset is {name!r}; it must be one of {', '.join(cls.presets())}")
         text = (files("agentsd") / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
         return cls.from_dict(yaml.safe_load(text))
+
+
+def _levels_as_numbers(phase: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON, which image files carry, has no numbers for keys."""
+    levels = phase.get("levels")
+    if not isinstance(levels, Mapping):
+        return dict(phase)
+    numbers = {int(k) if isinstance(k, str) and k.lstrip("-").isdigit() else k: fields for k, fields in levels.items()}
+    return {**phase, "levels": numbers}
 
 
 def _known(what: str, values: Mapping[str, Any], kind: type) -> None:

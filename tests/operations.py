@@ -25,7 +25,7 @@ from families import FAMILIES, Family
 # noise, from an image, or the last of many.
 CONFIG = AgentSDConfig(
     phases=(
-        Phase(until=0.5, attention="agent"),
+        Phase(until=0.5008, attention="agent"),  # SDXL has a step at 0.5005, LCM at 0.501
         Phase(until=0.6, attention="merge", stride=2),
         Phase(until=0.9, attention="agent"),
         Phase(attention="merge", stride=2),

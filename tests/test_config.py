@@ -1,5 +1,6 @@
 """Configurations: presets, YAML, and one clear sentence for whatever is not allowed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_yaml_reads_back_equal(
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
     config.to_file(path)
     assert AgentSDConfig.from_file(path) == config
+    assert AgentSDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert [entry.name for entry in path.parent.iterdir()] == ["config.yaml"]
     assert AgentSDConfig.from_dict(config.to_dict()) == config
 
