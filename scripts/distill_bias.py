@@ -14,7 +14,7 @@ import torch
 
 import agentsd
 from agentsd.demo import scenes
-from agentsd.pipelines import load
+from agentsd.pipelines import load, one_line
 from agentsd.refine import collect, distill, error, save_refinements
 
 
@@ -33,15 +33,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    if args.prompts:
-        prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-    else:
-        rng = random.Random("refine")
-        prompts = [scenes.caption(scenes.sample(rng)) for _ in range(args.images + 2)]
-    if len(prompts) < args.images + 2:
-        parser.error(f"--prompts {args.prompts} has {len(prompts)} lines; {args.images + 2} are needed, two to test")
-    pipe = load(args.model, dtype="float32", device=args.device)
-    config = agentsd.AgentSDConfig.from_preset(args.preset).replace(ratio=args.ratio)
+    try:
+        if args.prompts:
+            prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+        else:
+            rng = random.Random("refine")
+            prompts = [scenes.caption(scenes.sample(rng)) for _ in range(args.images + 2)]
+        if len(prompts) < args.images + 2:
+            raise ValueError(f"--prompts {args.prompts} has {len(prompts)} lines; --images and two to test are needed")
+        pipe = load(args.model, dtype="float32", device=args.device)
+        config = agentsd.AgentSDConfig.from_preset(args.preset).replace(ratio=args.ratio)
+    except (ValueError, OSError) as reason:
+        parser.error(one_line(reason))
     samples = collect(pipe, config, prompts[: args.images], num_inference_steps=args.steps)
     held_out = collect(pipe, config, prompts[args.images : args.images + 2], num_inference_steps=args.steps)
     refinements = distill(pipe.unet, samples, args.updates, args.rate)

@@ -9,6 +9,7 @@ A run that is in the results already is not repeated. Times are CPU seconds of o
 
 import argparse
 import json
+import math
 import statistics
 import time
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agentsd.benchmark import environment
+from agentsd.benchmark import environment, exponent
 from agentsd.nn import convert_vit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,12 +142,15 @@ def table(result: dict[str, Any]) -> str:
         seconds = statistics.mean(run["cpu_seconds"] for run in runs.values())
         lines.append(f"| {variant} | {spread} | {', '.join(f'{value:.1f}' for value in last)} | {seconds:.0f} |")
     lines += ["", "A training step (forward and backward, 4 images) of the same networks on larger pictures:", ""]
-    for key, unit, scale, digits in (("cpu_seconds", "ms of CPU time", 1000, 0), ("bytes", "MiB kept", 2**-20, 0)):
-        lines.append(f"| {unit} | " + " | ".join(f"{count:,} tokens" for count in tokens) + " |")
-        lines.append("|---" * (len(tokens) + 1) + "|")
+    for key, unit, scale in (("cpu_seconds", "ms of CPU time", 1000), ("bytes", "MiB kept for the gradient", 2**-20)):
+        lines.append(f"| {unit} | " + " | ".join(f"{count:,} tokens" for count in tokens) + " | grows as |")
+        lines.append("|---" * (len(tokens) + 2) + "|")
         for variant, steps in result["steps"].items():
-            values = [f"{steps[str(side)][key] * scale:.{digits}f}" for side in sides]
-            lines.append(f"| {variant} | " + " | ".join(values) + " |")
+            values = [steps[str(side)][key] for side in sides]
+            power = exponent(dict(zip(tokens, values, strict=True)), start=0)
+            lines.append(
+                f"| {variant} | " + " | ".join(f"{value * scale:.0f}" for value in values) + f" | N^{power:.2f} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -206,6 +210,8 @@ def main() -> None:
         result = json.loads(args.output.read_text(encoding="utf-8"))
         if result["settings"] != settings:
             parser.error(f"--output {args.output} holds runs with {result['settings']}; choose another file")
+    if math.isqrt(args.agents) ** 2 != args.agents:
+        parser.error(f"--agents is {args.agents}; it must be a square number")
     for seed in range(args.seeds):
         for variant in args.variant or VARIANTS:
             runs = result["runs"].setdefault(variant, {})

@@ -212,6 +212,7 @@ def test_conversion_keeps_dtype_and_device() -> None:
         (lambda: timm_pvt(linear=True), {}, r"stages.0.blocks.0.attn is a Attention with kv, norm, proj, q, sr"),
         (lambda: timm_vit(qk_norm=True), {"layers": [1]}, "blocks.1.attn is a Attention with k_norm, proj, q_norm"),
         (lambda: convert_vit(timm_vit(), 4), {}, "blocks.0.attn is agent attention already"),
+        (lambda: nn.ModuleList(timm_vit().blocks), {}, "ModuleList has neither num_prefix_tokens nor config"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "Sequential has no attention layer"),
     ],
 )

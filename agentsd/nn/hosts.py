@@ -162,7 +162,7 @@ def understand(name: str, attn: Any) -> tuple[type[AgentAttention], dict[str, An
                 "num_heads": heads,
                 "qkv_bias": bias is not None,
                 "sr_ratio": attn.sr.stride[0] if "sr" in parts else 1,
-                "attn_drop": drop if isinstance(drop, float) else drop.p,
+                "attn_drop": drop.p if isinstance(drop, nn.Dropout) else drop,
             }
     raise ValueError(
         f"{name} is a {type(attn).__name__} with {', '.join(sorted(parts))}, called with {', '.join(arguments)}; "
@@ -220,6 +220,10 @@ def _tokens(model: Any) -> tuple[Grid, int]:
     """The grid of a ViT, and how many tokens come before it."""
     if hasattr(model, "num_prefix_tokens"):
         return _side(model.patch_embed.grid_size), model.num_prefix_tokens
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} has neither num_prefix_tokens nor config, which tell the tokens of a ViT's grid"
+        )
     image, patch = _side(model.config.image_size), _side(model.config.patch_size)
     H, W = image[0] // patch[0], image[1] // patch[1]
     places = next(value for name, value in model.named_parameters() if name.endswith("position_embeddings"))
