@@ -187,6 +187,8 @@ class AgentSDConfig:
         use_rand: random place of the destination in its cell; otherwise its top-left corner.
         seed: decides the random places, together with the timestep alone.
         controlnet: accelerate the pipeline's ControlNets too.
+        refine: a safetensors file with a refinement of the UNet's agent attention, as `scripts/distill_bias.py` writes
+            it; None leaves AgentSD as it is.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -197,6 +199,7 @@ class AgentSDConfig:
     use_rand: bool = True
     seed: int = 0
     controlnet: bool = True
+    refine: str | Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -213,6 +216,12 @@ class AgentSDConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**64 - 1")
         _boolean("controlnet", self.controlnet)
+        if isinstance(self.refine, Path):
+            object.__setattr__(self, "refine", str(self.refine))
+        if self.refine is not None and (not isinstance(self.refine, str) or not self.refine):
+            raise ValueError(f"refine is {self.refine!r}; it must be null or the path of a safetensors file")
+        if self.refine and not any(part.attention == "agent" for phase in self.phases for part in phase.parts):
+            raise ValueError(f"refine is {self.refine!r}; it refines attention 'agent', which no phase has")
 
     def ratio_of(self, phase: Phase) -> float:
         """The share of tokens that `phase` merges away."""
