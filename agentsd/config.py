@@ -216,6 +216,8 @@ class AgentSDConfig:
         controlnet: accelerate the pipeline's ControlNets too.
         cross_reuse_from: progress from which on the outputs of the cross-attentions are held (T-GATE); None computes
             them in every step.
+        refine: a safetensors file with a refinement of the UNet's agent attention, as `scripts/distill_bias.py` writes
+            it; None leaves AgentSD as it is.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -227,6 +229,7 @@ class AgentSDConfig:
     seed: int = 0
     controlnet: bool = True
     cross_reuse_from: float | None = None
+    refine: str | Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -249,6 +252,12 @@ class AgentSDConfig:
                 raise ValueError(
                     f"cross_reuse_from is {self.cross_reuse_from!r}; it must be null where merge_crossattn is true"
                 )
+        if isinstance(self.refine, Path):
+            object.__setattr__(self, "refine", str(self.refine))
+        if self.refine is not None and (not isinstance(self.refine, str) or not self.refine):
+            raise ValueError(f"refine is {self.refine!r}; it must be null or the path of a safetensors file")
+        if self.refine and not any(part.attention == "agent" for phase in self.phases for part in phase.parts):
+            raise ValueError(f"refine is {self.refine!r}; it refines attention 'agent', which no phase has")
 
     @property
     def reuses(self) -> bool:

@@ -21,6 +21,8 @@ from agentsd.schedule import Clock, phase_at, progress
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
 
+    from agentsd.refine import Refinement
+
 Model = TypeVar("Model")
 
 
@@ -115,6 +117,7 @@ class Patch:
         if not self.covered and any(phase.acts for phase in config.phases):
             asked = [list(phase.levels or ()) for phase in config.phases if phase.acts]
             raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")
+        self.refinements = self.read_refinements()
         # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
         # partial is copied with the model.
         before_call = partial(torch.compiler.disable(Patch.before_call), self)
@@ -145,8 +148,24 @@ class Patch:
                 phases = tuple(parts[layer.level] for parts in self.parts.values() if layer.level in parts)
                 block = self.blocks[layer.name] = Block(self.plans, layer.level, phases)
                 self.handles += block.hook(layer.block)
-            attn.set_processor(AgentSDProcessor(inner, self.blocks[layer.name]))
+            attn.set_processor(self.processor(inner, layer.name))
         return reason
+
+    def read_refinements(self) -> "dict[str, Refinement]":
+        """The refinements of `refine` by the names of their layers; a ControlNet has none."""
+        if self.config.refine is None or not is_unet(self.model):
+            return {}
+        from agentsd.refine import fitting, load_refinements
+
+        return fitting(load_refinements(self.config.refine), self)
+
+    def processor(self, inner: Any, name: str) -> AgentSDProcessor:
+        """The processor of a layer around its own."""
+        if name not in self.refinements:
+            return AgentSDProcessor(inner, self.blocks[name])
+        from agentsd.refine import RefinedProcessor
+
+        return RefinedProcessor(inner, self.blocks[name], self.refinements[name])
 
     def wrap_all(self) -> None:
         """Wrap every covered layer whose processor is not ours: IP-Adapters, xformers and slicing bring their own.
@@ -188,6 +207,8 @@ class Patch:
         steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         phase = phase_at(self.config.phases, progress(timestep, steps))
         self.sample = (sample.shape[-2], sample.shape[-1])
+        for refinement in self.refinements.values():
+            refinement.to(sample.device)
         key = step_key(self.config.seed, timestep) if self.config.use_rand else None
         for level, part in self.parts[phase].items():
             grid = level_grid(self.sample, level)
@@ -226,6 +247,11 @@ def networks(model: Any, controlnet: bool = True) -> list[nn.Module]:
     return [net for part in (found if controlnet else found[:1]) for net in networks(part)]
 
 
+def is_unet(net: nn.Module) -> bool:
+    """Whether a network is a UNet, not a ControlNet."""
+    return hasattr(net, "up_blocks")
+
+
 def stock_module(net: nn.Module) -> nn.Module:
     """The module itself, where torch.compile has wrapped it."""
     return getattr(net, "_orig_mod", net)
@@ -252,7 +278,8 @@ def apply(model: Model, config: AgentSDConfig | str | None = None, /, **override
         The same model.
 
     Raises:
-        ValueError: a value is out of range, or the model has no layer that the configuration covers.
+        ValueError: a value is out of range, the model has no layer that the configuration covers, or `refine` does not
+            fit it.
 
     Example:
         ```python
@@ -266,6 +293,8 @@ def apply(model: Model, config: AgentSDConfig | str | None = None, /, **override
         config = AgentSDConfig.from_preset(config)
     config = (config or AgentSDConfig()).replace(**overrides)
     nets = [stock_module(net) for net in networks(model, config.controlnet)]
+    if config.refine and not any(map(is_unet, nets)):
+        raise ValueError(f"refine is {config.refine!r}; it is for a UNet, not for a {type(nets[0]).__name__}")
     previous = [(net, patch) for net in map(stock_module, networks(model)) if (patch := patch_of(net))]
     remove(model)
     done: list[nn.Module] = []
