@@ -141,6 +141,21 @@ def build_parser() -> argparse.ArgumentParser:
         "their names; repeatable",
     )
     score.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of each method")
+    error = add("error", "how far each method's attention is from the stock attention, by level and noise level", where)
+    error.add_argument("--model", default="demo", metavar="MODEL", help="what agentsd-generate takes (default: demo)")
+    error.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:KEY=VALUE,…]",
+        help="a preset or tomesd; kv and merge for short; pooled, nystrom and skipped for comparison; repeatable "
+        "(default: all of the table)",
+    )
+    error.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: scenes)")
+    error.add_argument("--prompts", type=_positive, default=6, metavar="N", help="scenes to draw (default: 6)")
+    error.add_argument("--steps", type=_positive, default=20, metavar="N", help="(default: 20)")
+    error.add_argument("--guidance-scale", type=float, default=4.0, metavar="G", help="(default: 4)")
+    error.add_argument("--dtype", metavar="DTYPE", help="(default: float16 on cuda, else float32)")
+    error.add_argument("--threads", type=_positive, metavar="N", help="on a CPU (default: torch's)")
     report = add("report", "write the report of a results.json again, or print its table")
     report.add_argument("results", type=Path, metavar="RESULTS", help="results.json, or the folder of a run")
     report.add_argument("--table", action="store_true", help="print the table in Markdown and write nothing")
@@ -159,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")
             args = build_parser().parse_args(words)
             args.words = words
-            {"run": _run, "generate": _generate, "score": _score, "report": _report}[args.command](args)
+            commands = {"run": _run, "generate": _generate, "score": _score, "report": _report, "error": _error}
+            commands[args.command](args)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it was")
         return 130
@@ -498,6 +514,47 @@ def _report(args: argparse.Namespace) -> None:
     folder = args.results if args.results.is_dir() else args.results.parent
     for path in report.write(result, folder):
         print(f"wrote {path}")
+
+
+def _error(args: argparse.Namespace) -> None:
+    _quieten()
+    import torch
+
+    from agentsd import pipelines
+    from agentsd.benchmark import environment
+    from agentsd.demo.accuracy import held_out_prompts
+    from agentsd.evaluation import errors
+    from agentsd.evaluation.files import write_bytes, write_json
+    from agentsd.evaluation.networks import needs
+
+    with needs("torchmetrics", "eval"):
+        import torchmetrics  # noqa: F401
+    variants = [errors.variant(text) for text in args.method or errors.VARIANTS]
+    absent = errors.missing(variants)
+    if absent and args.method:
+        text, package = next(iter(absent.items()))
+        raise ValueError(f"method {text!r} needs the package {package}: pip install 'agentsd[bench]'")
+    variants = [wanted for wanted in variants if wanted.text not in absent]
+    output = args.output or Path("runs") / "error"
+    output.mkdir(parents=True, exist_ok=True)
+    device = pipelines.find_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    pipe = pipelines.load(args.model, dtype=pipelines.find_dtype(args.dtype, device), device=device)
+    prompts = args.prompt or held_out_prompts(args.prompts)
+    result = errors.measure(pipe, variants, prompts, steps=args.steps, guidance=args.guidance_scale, quiet=args.quiet)
+    result["provenance"] = {
+        "command": shlex.join([PROGRAM, *args.words]),
+        "prompts": prompts,
+        "steps": args.steps,
+        "guidance": args.guidance_scale,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        **environment(str(device)),
+    }
+    write_json(output / "errors.json", result)
+    write_bytes(output / "errors.md", (errors.tables(result) + "\n").encode())
+    print(errors.tables(result))
+    print(f"wrote {output / 'errors.json'}\nwrote {output / 'errors.md'}")
 
 
 def _positive(text: str) -> int:

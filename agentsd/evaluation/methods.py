@@ -106,17 +106,24 @@ def configuration(preset: str, options: dict[str, Any]) -> AgentSDConfig:
     return AgentSDConfig.from_dict(values)
 
 
+def copied(pipe: Any) -> Any:
+    """A pipeline with a UNet and a scheduler of its own, which shares the weights."""
+    shared = (*pipe.unet.parameters(), *pipe.unet.buffers())
+    own = copy.copy(pipe)
+    own.register_modules(
+        unet=copy.deepcopy(pipe.unet, {id(tensor): tensor for tensor in shared}),
+        scheduler=copy.deepcopy(pipe.scheduler),
+    )
+    return own
+
+
 def prepared(pipe: Any, wanted: Method) -> Callable[..., Any]:
     """A function that is called as the pipeline and draws with a method.
 
     It works on a UNet of its own, which shares its weights with the pipeline's, so that no method meets what another
     one has left behind. What it draws depends on its arguments alone.
     """
-    unet, shared = pipe.unet, (*pipe.unet.parameters(), *pipe.unet.buffers())
-    own = copy.copy(pipe)
-    own.register_modules(
-        unet=copy.deepcopy(unet, {id(tensor): tensor for tensor in shared}), scheduler=copy.deepcopy(pipe.scheduler)
-    )
+    own = copied(pipe)
     options = {key: value for key, value in wanted.settings.items() if key != "version"}
     if wanted.name == "stock":
         return own
@@ -139,12 +146,17 @@ def prepared(pipe: Any, wanted: Method) -> Callable[..., Any]:
 
 def _tomesd(pipe: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Draw with tomesd, whose random places would otherwise follow from all that ran before in the process."""
+    with torch.random.fork_rng():
+        put_tomesd(pipe, options)
+        return pipe(*args, **kwargs)
+
+
+def put_tomesd(pipe: Any, options: dict[str, Any]) -> None:
+    """Patch a pipeline with tomesd, and seed the generator that it will fork."""
     import tomesd
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tomesd.apply_patch(pipe, **options)
-        return pipe(*args, **kwargs)
+    torch.manual_seed(0)
+    tomesd.apply_patch(pipe, **options)
 
 
 def version(package: str) -> str | None:

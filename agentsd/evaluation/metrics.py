@@ -127,8 +127,8 @@ class Kernel:
         own, cross, n = kernel_poly(x, x), kernel_poly(x, r).mean(1), len(x)
         counts = self.counts.astype(np.float64)
         # An image that is drawn twice is no pair with itself; what depends on the reference alone is the same for all.
-        pairs = np.einsum("bi,ij,bj->b", counts, own, counts, optimize=True) - counts @ own.diagonal()
-        resampled = pairs / (n * (n - 1)) - 2 * counts @ cross / n
+        pairs = ((counts @ own) * counts).sum(1) - counts**2 @ own.diagonal()
+        resampled = pairs / (n**2 - (counts**2).sum(1)) - 2 * counts @ cross / n
         return Estimate(float(found["kernel_inception_distance_mean"]), resampled)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from agentsd.pipelines import one_line
 
-# name: what the distances in its features are called
-TITLES = {"inception": "FID", "dinov2": "FD-DINOv2", "checker": "Fréchet distance (checker)"}
-
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of a network are, if not where its library looks by itself: a file, a folder or a hub id."""
+    """Where the weights of a network are, if not where its library looks by itself: a file, a folder or a hub id.
+
+    `inception` serves `pytorch-fid` too: both packages' downloads are the same file.
+    """
 
     inception: Path | None = None
     lpips: Path | None = None
@@ -58,7 +58,7 @@ def load_network(name: str, weights: Weights, hub: str, device: torch.device) ->
     """Load a network for features.
 
     Args:
-        name: `inception`, `dinov2` or `checker`.
+        name: one of `protocols.NETWORKS`.
         weights: where they are.
         hub: hub id of `dinov2` where `weights` does not say.
         device: where it is to compute.
@@ -68,6 +68,8 @@ def load_network(name: str, weights: Weights, hub: str, device: torch.device) ->
     """
     if name == "inception":
         return _inception(weights.inception, device)
+    if name == "pytorch-fid":
+        return _pytorch_fid(weights.inception, device)
     if name == "dinov2":
         return _dinov2(weights.dinov2 or hub, device)
     return _checker(weights.checker, device)
@@ -80,19 +82,28 @@ def _inception(path: Path | None, device: torch.device) -> Network:
         check_state_dict(path, "--inception-weights")
     layers = ["2048", "logits_unbiased"]
     where = {"feature_extractor_weights_path": str(path) if path else None}
-    try:
-        model = create_feature_extractor("inception-v3-compat", layers, cuda=False, verbose=False, **where)
-    except (OSError, RuntimeError) as error:
-        if path is not None:
-            raise ValueError(f"{path} does not hold the weights of FID's Inception ({one_line(error)})") from None
-        _absent("the weights of FID's Inception", "--inception-weights names the file", error)
-    model.to(device)
+    with _loading("FID's Inception", path, "--inception-weights"):
+        model = create_feature_extractor("inception-v3-compat", layers, cuda=False, verbose=False, **where).to(device)
 
     def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
         features, logits = model(images.to(device))
         return features, logits
 
     return Network("inception", 2048, state_hash(model), extract)
+
+
+def _pytorch_fid(path: Path | None, device: torch.device) -> Network:
+    with needs("pytorch_fid", "eval"):
+        from pytorch_fid.inception import FID_WEIGHTS_URL, InceptionV3
+    if path is not None:
+        check_state_dict(path, "--inception-weights")
+    with _loading("FID's Inception", path, "--inception-weights"), _in_torch_hub(path, FID_WEIGHTS_URL):
+        model = InceptionV3().eval().to(device)
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return model(images.to(device).float() / 255)[0].flatten(1), None
+
+    return Network("pytorch-fid", 2048, state_hash(model), extract)
 
 
 def _dinov2(source: str, device: torch.device) -> Network:
@@ -137,20 +148,26 @@ def load_lpips(net: str, path: Path | None, device: torch.device) -> Callable[[T
     kinds = {"alex": models.AlexNet_Weights, "vgg": models.VGG16_Weights, "squeeze": models.SqueezeNet1_1_Weights}
     if path is not None:
         check_state_dict(path, "--lpips-weights")
-    try:
-        with _in_torch_hub(path, kinds[net].DEFAULT.url):
-            metric = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True).to(device)
-    except (OSError, RuntimeError) as error:
-        if path is not None:
-            raise ValueError(f"{path} does not hold torchvision's weights for {net} ({one_line(error)})") from None
-        _absent(f"the ImageNet weights of LPIPS's network {net}", "--lpips-weights names the file", error)
+    with _loading(f"LPIPS's network {net}", path, "--lpips-weights"), _in_torch_hub(path, kinds[net].DEFAULT.url):
+        metric = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True).to(device)
 
     def distance(images: Tensor, stock: Tensor) -> Tensor:
         metric.reset()
         metric.update(images.to(device).float() / 255, stock.to(device).float() / 255)
-        return metric.compute()
+        return metric.compute().reshape(-1)
 
     return distance
+
+
+@contextmanager
+def _loading(what: str, path: Path | None, option: str) -> Iterator[None]:
+    """Context in which weights that are not there, or are others, are a sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if path is not None:
+            raise ValueError(f"{path} does not hold the weights of {what} ({one_line(error)})") from None
+        _absent(f"the weights of {what}", f"{option} names the file", error)
 
 
 @contextmanager

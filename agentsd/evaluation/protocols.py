@@ -15,10 +15,11 @@ import yaml
 
 PROMPT_SOURCES = ("scenes", "imagenet", "captions")
 REFERENCE_SOURCES = ("none", "scenes", "images")
-NETWORKS = ("inception", "dinov2", "checker")
+NETWORKS = ("inception", "pytorch-fid", "dinov2", "checker")
 PAIRS = ("psnr", "ssim", "ms-ssim", "lpips", "checker")
 ADHERENCE = ("clip", "attributes")
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
+FILES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Scores:
 
     Args:
         features: networks in whose features they are compared with the reference: `inception` (FID, KID, IS, precision
-            and recall), `dinov2`, `checker` (the embedded attribute checker).
+            and recall, by torch-fidelity), `pytorch-fid` (FID as that package feeds the same network), `dinov2`,
+            `checker` (the embedded attribute checker).
         pairs: distances to the stock image of the same seed.
         adherence: `clip` is the CLIP score, `attributes` what the attribute checker reads from the image.
         clip, dinov2: hub ids of these networks.
@@ -214,7 +216,7 @@ def names() -> tuple[str, ...]:
 def load(name: str | Path) -> Protocol:
     """A protocol of the package by its name, or one in a YAML file of the same form.
 
-    A file may say `base: NAME`: then it only says what is different.
+    A file may say `base: NAME`, or a file beside it: then it only says what is different.
 
     Raises:
         OSError: the file cannot be read.
@@ -248,7 +250,7 @@ def from_dict(values: Mapping[str, Any]) -> Protocol:
 
 
 def _path(name: str | Path) -> Path:
-    if Path(name).suffix in (".yaml", ".yml"):
+    if Path(name).suffix in FILES:
         return Path(name)
     if str(name) not in names():
         raise ValueError(f"protocol is {str(name)!r}; it must be one of {', '.join(names())}, or a .yaml file")
@@ -266,10 +268,10 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return values
     try:
-        below = _path(base)
+        below = path.parent / base if Path(base).suffix in FILES else _path(base)
     except ValueError as error:
         raise ValueError(f"{path}: base: {error}") from None
-    if below in (path, *seen):
+    if below.resolve() in [file.resolve() for file in (path, *seen)]:
         raise ValueError(f"{path}: base is {base!r}, which builds on this file")
     inherited = _read(below, (path, *seen))
     for key, value in values.items():

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -56,18 +57,19 @@ def columns(scores: Scores) -> list[Column]:
     found = []
     names = {
         "inception": ("FID", "KID ×1000", "Inception"),
+        "pytorch-fid": ("FID (pytorch-fid)", "", "Inception, as pytorch-fid feeds it"),
         "dinov2": ("FD-DINOv2", "KD-DINOv2 ×1000", "DINOv2"),
         "checker": ("Fréchet distance (checker)", "kernel distance (checker) ×1000", "the embedded attribute checker"),
     }
     for network in scores.features:
         first, second, where = names[network]
-        found += [
-            Column(f"{network}_frechet", first, "less", 2, f"Fréchet distance to the reference in features of {where}"),
-            Column(f"{network}_kernel", second, "less", 3, f"kernel distance to the reference in features of {where}"),
-        ]
+        about = f"to the reference in features of {where}"
+        found.append(Column(f"{network}_frechet", first, "less", 2, f"Fréchet distance {about}"))
+        if second:
+            found.append(Column(f"{network}_kernel", second, "less", 3, f"kernel distance {about}"))
         if network == "inception":
             found.append(Column("inception_score", "IS", "more", 2, "inception score"))
-        if network != "checker":
+        if network in ("inception", "dinov2"):
             found += [
                 Column(f"{network}_precision", f"precision ({where})", "more", 3, "share within the reference"),
                 Column(f"{network}_recall", f"recall ({where})", "more", 3, "share of the reference that is covered"),
@@ -282,7 +284,7 @@ def read_statistics(path: Path, network: Network) -> Statistics:
     try:
         with np.load(path) as file:
             mean, covariance = np.array(file["mu"], np.float64), np.array(file["sigma"], np.float64)
-    except (ValueError, KeyError, EOFError, OSError) as error:
+    except (ValueError, KeyError, EOFError, BadZipFile, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise
         raise ValueError(
@@ -299,7 +301,7 @@ def _load_features(file: Path, network: Network, found: Pictured) -> bool:
             found.features[network.name] = torch.from_numpy(there["features"])
             if "logits" in there:
                 found.logits[network.name] = torch.from_numpy(there["logits"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return False
     return True
 
@@ -420,7 +422,7 @@ def _distances(
     scores: Scores,
 ) -> dict[str, Estimate]:
     found = {f"{network}_frechet": frechet(features)}
-    if known.features is not None:
+    if known.features is not None and network != "pytorch-fid":
         kernel = metrics.Kernel(known.features, counts, scores.kid_subsets, scores.kid_subset_size)(features)
         found[f"{network}_kernel"] = Estimate(1000 * kernel.value, 1000 * kernel.resampled)
         if network != "checker":
