@@ -92,7 +92,14 @@ def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
     rows = [row for row in _known(result, column["key"]) if "speed" in row["time"]]
     points = [(row["time"]["speed"], row["scores"][column["key"]]["value"]) for row in rows]
     front = pareto(points, column["better"] == "less")
-    axis.plot(*zip(*[points[i] for i in front], strict=True), color=INK, alpha=0.35, linewidth=5, zorder=1)
+    axis.plot(
+        *zip(*[points[i] for i in front], strict=True),
+        color=INK,
+        alpha=0.25,
+        linewidth=5,
+        zorder=1,
+        label="Pareto front",
+    )
     families: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         families.setdefault(parse(row["method"])[0], []).append(index)

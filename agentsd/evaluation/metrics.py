@@ -128,7 +128,7 @@ class Kernel:
         counts = self.counts.astype(np.float64)
         # An image that is drawn twice is no pair with itself; what depends on the reference alone is the same for all.
         pairs = ((counts @ own) * counts).sum(1) - counts**2 @ own.diagonal()
-        resampled = pairs / (n**2 - (counts**2).sum(1)) - 2 * counts @ cross / n
+        resampled = pairs / np.maximum(n**2 - (counts**2).sum(1), 1) - 2 * counts @ cross / n
         return Estimate(float(found["kernel_inception_distance_mean"]), resampled)
 
 

@@ -100,21 +100,21 @@ def _arrow(column: Column) -> str:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """One sentence for each method and score that is compared with stock."""
-    stock = result["methods"][0]["method"]
+    """One sentence for each method: what is better and worse than stock, and what is within noise."""
     lines = []
     for row in result["methods"][1:]:
-        parts = []
+        said: dict[str, list[str]] = {"better": [], "worse": [], "≈": []}
         for column in _columns(result):
             found = row["scores"].get(column.key, {})
             if "difference" not in found:
                 continue
             value, (low, high) = found["difference"]["value"], found["difference"]["interval"]
-            said = {"≈": "within noise"}.get(verdict(column, found), verdict(column, found))
-            numbers = f"{value:+.{column.digits}f} ({low:+.{column.digits}f} … {high:+.{column.digits}f})"
-            parts.append(f"{column.label} {numbers}, {said}")
+            numbers = f" {value:+.{column.digits}f} ({low:+.{column.digits}f} … {high:+.{column.digits}f})"
+            said[verdict(column, found)].append(column.label + numbers)
+        titles = {"better": "better", "worse": "worse", "≈": "within noise"}
+        parts = [f"{titles[name]}: {', '.join(items)}" for name, items in said.items() if items]
         if parts:
-            lines.append(f"{row['method']} against {stock}: " + "; ".join(parts) + ".")
+            lines.append(f"{row['method']}: {'; '.join(parts)}.")
     return lines
 
 
@@ -139,7 +139,9 @@ def markdown(result: dict[str, Any]) -> str:
     """The report in Markdown, without pictures."""
     lines = [f"# {result['title']}", "", result["description"], "", table(result), "", LEGEND, ""]
     lines += [f"- {note}" for note in result["notes"]] + [""] * bool(result["notes"])
-    lines += ["## Against stock", ""] + [f"- {line}" for line in findings(result)] + [""] if findings(result) else []
+    lines += (
+        ["## Differences to stock", ""] + [f"- {line}" for line in findings(result)] + [""] if findings(result) else []
+    )
     lines += ["## Where the numbers come from", ""]
     lines += [f"- {name}: `{value}`" if "command" in name else f"- {name}: {value}" for name, value in facts(result)]
     lines += ["", "## Methods", ""]
@@ -188,7 +190,7 @@ def page(result: dict[str, Any], folder: Path) -> str:
         body.append("</div>")
     if findings(result):
         body.append(
-            "<h2>Against stock</h2><ul>" + "".join(f"<li>{_e(line)}</li>" for line in findings(result)) + "</ul>"
+            "<h2>Differences to stock</h2><ul>" + "".join(f"<li>{_e(line)}</li>" for line in findings(result)) + "</ul>"
         )
     body.append(_pictures(result, folder))
     body.append("<h2>Where the numbers come from</h2><dl>")

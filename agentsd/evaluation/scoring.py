@@ -77,14 +77,8 @@ def columns(scores: Scores) -> list[Column]:
     if "clip" in scores.adherence:
         found.append(Column("clip", "CLIP score", "more", 2, f"100 × cosine of image and prompt, {scores.clip}"))
     if "attributes" in scores.adherence:
-        from agentsd.demo.checker import ATTRIBUTES
-
-        found.append(
-            Column("attributes_all", "all right, %", "more", 1, "images in which all that is asked for is right")
-        )
-        for name in ATTRIBUTES:
-            about = f"share of what is asked for that the attribute checker reads: {name}"
-            found.append(Column(f"attributes_{name}", f"{name}, %", "more", 1, about))
+        about = "images in which the attribute checker finds all that is asked for, and nothing else"
+        found.append(Column("attributes_all", "all right, %", "more", 1, about))
     labels = {
         "psnr": Column("psnr", "PSNR, dB", "more", 1, "to the stock image of the same seed, median"),
         "ssim": Column("ssim", "SSIM", "more", 4, "to the stock image of the same seed"),
@@ -101,6 +95,12 @@ def columns(scores: Scores) -> list[Column]:
     found += [labels[name] for name in scores.pairs]
     if "psnr" in scores.pairs:
         found.append(Column("psnr_worst", "worst PSNR, dB", "more", 1, "of any image to its stock image"))
+    if "attributes" in scores.adherence:
+        from agentsd.demo.checker import ATTRIBUTES
+
+        for name in ATTRIBUTES:
+            about = f"share of what is asked for that the attribute checker reads: {name}"
+            found.append(Column(f"attributes_{name}", f"{name}, %", "more", 1, about))
     return found
 
 
