@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from agentsd import attention, merging, processor
 from agentsd.config import AgentSDConfig
 from agentsd.patch import apply, find_layers
 from agentsd.schedule import phase_at, progress
@@ -67,6 +68,7 @@ class Setting:
         model: an architecture of `ARCHITECTURES` with random weights, or whatever `pipelines.load` takes.
         latent: height and width of the latents.
         batch: pictures in a UNet call; guidance makes two of each.
+        fused: torch's fused attention wherever this package has one of its own.
     """
 
     model: str = "sd15"
@@ -75,6 +77,7 @@ class Setting:
     dtype: str = "bfloat16"
     device: str = "cpu"
     compile: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,12 +172,23 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+@contextmanager
+def _attention_of(setting: Setting) -> Iterator[None]:
+    """Context in which the attention is the one that a setting asks for."""
+    before = attention._PRODUCTS_ARE_FASTER
+    attention._PRODUCTS_ARE_FASTER = before and not setting.fused
+    try:
+        yield
+    finally:
+        attention._PRODUCTS_ARE_FASTER = before
+
+
 PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
 
 
 def check(methods: Sequence[str]) -> None:
     """Raise ValueError for a method that does not exist or whose package is not installed."""
-    known = ("stock", "floor", *AgentSDConfig.presets(), *PEERS)
+    known = ("stock", "xformers", "floor", *AgentSDConfig.presets(), *PEERS)
     for text in methods:
         name, options = parse(text)
         if name not in known:
@@ -182,6 +196,9 @@ def check(methods: Sequence[str]) -> None:
         if name in PEERS:
             if _version(PEERS[name]) is None:
                 raise ValueError(f"method {name!r} needs the package {PEERS[name]}: pip install 'agentsd[bench]'")
+        elif name == "xformers":
+            if _version(name) is None or not torch.cuda.is_available():
+                raise ValueError(f"method {name!r} needs the package xformers and a CUDA device")
         elif name not in ("stock", "floor"):
             _config(name, options)
 
@@ -205,8 +222,10 @@ def kinds(method: str, unet: Any, setting: Setting) -> list[Kind]:
 
     timesteps = torch.tensor(TIMESTEPS, device=setting.device)
     model: Callable[..., Any] = torch.compile(unet, fullgraph=name not in PEERS) if setting.compile else unet
-    if name == "stock":
-        return [Kind("stock", 1.0, partial(at, 0))]
+    if name == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    if name in ("stock", "xformers"):
+        return [Kind(name, 1.0, partial(at, 0))]
     if name == "floor":
         layers = find_layers(unet)
         levels = options.get("levels", min(layer.level for layer in layers))
@@ -296,7 +315,8 @@ def measure(setting: Setting, methods: Sequence[str], repeats: int = 5, warmup: 
         (method, kind.name): Timing(method, kind.name, kind.share) for method, several in ready for kind in several
     }
     calls = (warmup + repeats) * len(timings)
-    with tqdm(total=calls, desc=f"{setting.model} {setting.latent[0]}×{setting.latent[1]}", unit="call") as bar:
+    title = f"{setting.model} {setting.latent[0]}×{setting.latent[1]}"
+    with _attention_of(setting), tqdm(total=calls, desc=title, unit="call") as bar:
         for repeat in range(-warmup, repeats):
             for method, several in ready:
                 for kind in several:
@@ -310,8 +330,9 @@ def measure(setting: Setting, methods: Sequence[str], repeats: int = 5, warmup: 
 
 @torch.inference_mode()
 def _peak(setting: Setting, method: str) -> int:
-    for kind in kinds(method, build(setting), setting):
-        kind.call()
+    with _attention_of(setting):
+        for kind in kinds(method, build(setting), setting):
+            kind.call()
     if torch.device(setting.device).type == "cuda":
         return torch.cuda.max_memory_allocated(setting.device)
     # Bytes on macOS, KiB elsewhere.
@@ -327,6 +348,77 @@ def peak_memory(setting: Setting, method: str) -> int:
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {method} failed: {done.stderr.strip().splitlines()[-1]}")
     return int(done.stdout.split()[-1])
+
+
+PARTS = ("matching", "folding and merging", "unmerging", "attention", "projections and copies", "rest of the UNet")
+
+
+@contextmanager
+def _timed(owner: Any, name: str, part: str, spent: dict[str, float], device: str) -> Iterator[None]:
+    """Context in which the seconds spent in a function, called by a layer, are added to a part."""
+    function = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if part != "layers" and not spent["depth"]:
+            return function(*args, **kwargs)
+        spent["depth"] += 1
+        with _stopwatch(device) as passed:
+            out = function(*args, **kwargs)
+        spent["depth"] -= 1
+        spent[part] += passed()
+        return out
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
+
+
+@torch.inference_mode()
+def profile(setting: Setting, methods: Sequence[str], repeats: int = 3) -> dict[str, dict[str, float]]:
+    """Where the time of a UNet call goes: median seconds of each of `PARTS`, per kind of call.
+
+    Waits for the device after each part, so the sum is more than an undisturbed call takes on a GPU. `stock` and the
+    methods of this package only; parts inside a processor that is not ours are not told apart from its projections.
+
+    Raises:
+        ValueError: a method is not known, or is none of this package.
+    """
+    check(methods)
+    stock = build(setting)
+    shared = {id(tensor): tensor for tensor in (*stock.parameters(), *stock.buffers())}
+    result = {}
+    for method in methods:
+        if method != "stock" and parse(method)[0] not in AgentSDConfig.presets():
+            raise ValueError(f"method is {method!r}; the profile is of stock and {', '.join(AgentSDConfig.presets())}")
+        unet = copy.deepcopy(stock, dict(shared))
+        spent = dict.fromkeys(("depth", "layers", *PARTS), 0.0)
+        timed = [
+            (processor, "match", PARTS[0]),
+            (merging.Match, "fold", PARTS[1]),
+            (merging.TokenMap, "merge", PARTS[1]),
+            (merging.TokenMap, "unmerge", PARTS[2]),
+            (processor, "attention", PARTS[3]),
+            (nn.functional, "scaled_dot_product_attention", PARTS[3]),
+            *((layer.block.attn1, "forward", "layers") for layer in find_layers(unet)),
+        ]
+        with ExitStack() as stack:
+            stack.enter_context(_attention_of(setting))
+            for owner, name, part in timed:
+                stack.enter_context(_timed(owner, name, part, spent, setting.device))
+            for kind in kinds(method, unet, setting):
+                rows = []
+                for _ in range(repeats + 1):
+                    spent.update(dict.fromkeys(spent, 0.0))
+                    with _stopwatch(setting.device) as passed:
+                        kind.call()
+                    told_apart = sum(spent[part] for part in PARTS)
+                    rows.append(spent | {PARTS[4]: spent["layers"] - told_apart, PARTS[5]: passed() - spent["layers"]})
+                result[f"{method}: {kind.name}"] = {
+                    part: statistics.median(row[part] for row in rows[1:]) for part in PARTS
+                }
+    return result
 
 
 def over_schedule(timings: Sequence[Timing]) -> dict[str, float]:
@@ -349,6 +441,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},
         "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
+        "driver": _driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "commit": git.stdout.strip() or None,
     }
@@ -359,6 +452,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def _cpu() -> str:
@@ -380,7 +478,6 @@ def micro(
     """
     from diffusers.models.attention import BasicTransformerBlock
 
-    from agentsd.merging import destinations
     from agentsd.processor import AgentSDProcessor, Block, Plan
 
     dtype = getattr(torch, setting.dtype)
@@ -396,13 +493,13 @@ def micro(
             # Smooth, as the tokens of a picture are.
             coarse = torch.randn(setting.batch, 320, 16, 16, generator=torch.Generator().manual_seed(count))
             image = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
-            x = image.flatten(2).transpose(1, 2).to(setting.device, dtype)
+            x = image.flatten(2).transpose(1, 2).to(setting.device, dtype).contiguous()
             for name, config in variants.items():
                 processor = stock
                 if config is not None:
-                    phase, grid = config.phases[0], (side, side)
-                    places = destinations(grid, phase.cell, 0, setting.device)
-                    state = Block({1: Plan(phase, config.ratio_of(phase), grid, places)}, 1, config.phases)
+                    phase, grid = config.phases[0].parts[0], (side, side)
+                    places = merging.destinations(grid, phase.cell_on(grid), 0, setting.device)
+                    state = Block({1: Plan(phase, config.ratio_of(phase), grid, places)}, 1, (phase,))
                     processor = AgentSDProcessor(stock, state)
                 block.attn1.set_processor(processor)
                 with _stopwatch(setting.device) as passed:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
+# Fewer tokens are attended to in less time than it takes to match them: measured with agentsd-bench --latent 16 32.
+MIN_TOKENS = 1024
 ATTENTIONS = ("agent", "merge", "kv", "stock")
 AGENTS = ("merge", "pool")
 
@@ -40,7 +42,10 @@ class Phase:
         ratio: share of the tokens that are merged away, at most 1 − 1/(sx·sy); None is the configuration's. Plays no
             part in the attention of `kv`.
         stride: cells in which one token is a destination, one number or (sx, sy) along width and height.
+        max_agents: where there would be more cells, the stride grows by a whole factor until there are not. The cost of
+            `agent` and `kv` then grows linearly with the number of tokens. None sets no limit.
         agent_ratio: share of the tokens folded to make agents (`agents="merge"`); 0.95 folds all sources.
+        kv_ratio: share of the tokens folded to make the agents of `kv`, the most similar ones; 1 folds all sources.
         agents: agents are `merge`d tokens or `pool`ed queries, one per cell.
         proportional: weigh merged keys by the number of tokens they stand for (`agent`: in the aggregation; `merge`).
         k_scale2: scale of the second product of `agent` is d^(-0.5·k_scale2).
@@ -48,8 +53,10 @@ class Phase:
         merge_attn: merge the tokens of the self-attention (`agent`, `merge`).
         merge_crossattn: merge the queries of the block's cross-attention too, whatever `attention` is.
         merge_mlp: merge the tokens of the block's feed-forward part too, whatever `attention` is.
-        levels: resolutions covered: 1 is the latent grid, 2 half of it …; None is the finest at which the model has
-            self-attention.
+        min_tokens: grids with fewer tokens are left alone, because there it does not pay; None is `MIN_TOKENS`.
+        levels: resolutions covered: 1 is the latent grid, 2 half of it …; 0 is the finest at which the model has
+            self-attention, −1 half of that …; None is 0. A mapping gives each level the fields in which it differs:
+            `{0: {}, -1: {"stride": 2}}`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -59,7 +66,9 @@ class Phase:
     attention: Literal["agent", "merge", "kv", "stock"] = "agent"
     ratio: float | None = None
     stride: int | tuple[int, int] = 4
+    max_agents: int | None = None
     agent_ratio: float = 0.95
+    kv_ratio: float = 1.0
     agents: Literal["merge", "pool"] = "merge"
     proportional: bool = False
     k_scale2: float = 0.3
@@ -67,7 +76,8 @@ class Phase:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
-    levels: tuple[int, ...] | None = None
+    min_tokens: int | None = None
+    levels: tuple[int, ...] | Mapping[int, Mapping[str, Any]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("stride", "levels"):
@@ -85,36 +95,73 @@ class Phase:
             raise ValueError(
                 f"stride is {self.stride!r}; it must be a whole number from 2, or a pair (sx, sy) other than (1, 1)"
             )
+        for name in ("max_agents", "min_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be null or a whole number from 1")
         if self.ratio is not None:
             self.check_ratio(self.ratio)
         _number("agent_ratio", self.agent_ratio, 0, 1)
+        _number("kv_ratio", self.kv_ratio, 0, 1)
         for name in ("proportional", "merge_attn", "merge_crossattn", "merge_mlp"):
             _boolean(name, getattr(self, name))
         _number("k_scale2", self.k_scale2, 0, 10)
         _number("k_shortcut", self.k_shortcut, 0, 10)
-        if self.levels is not None and (
-            not isinstance(self.levels, tuple)
-            or not self.levels
-            or any(isinstance(level, bool) or not isinstance(level, int) or level < 1 for level in self.levels)
+        levels = self.levels
+        if levels is not None and (
+            not isinstance(levels, tuple | Mapping)
+            or not levels
+            or any(isinstance(level, bool) or not isinstance(level, int) for level in levels)
         ):
-            raise ValueError(f"levels is {self.levels!r}; it must be null or a list of whole numbers from 1")
+            raise ValueError(
+                f"levels is {levels!r}; it must be null, a list of whole numbers, or a mapping of such to fields"
+            )
+        if isinstance(levels, Mapping):
+            for level, differing in levels.items():
+                if not isinstance(differing, Mapping) or differing.keys() & {"until", "levels"}:
+                    raise ValueError(f"level {level} is {differing!r}; it must be a mapping without until and levels")
+                _known(f"level {level}", differing, Phase)
+                self.on(level)
+
+    def on(self, level: int) -> "Phase":
+        """The phase as it is at one of its `levels`."""
+        return replace(self, levels=None, **self.levels[level]) if isinstance(self.levels, Mapping) else self
+
+    @property
+    def parts(self) -> list["Phase"]:
+        """The phase as it is at each of its levels."""
+        return [self.on(level) for level in self.levels] if isinstance(self.levels, Mapping) else [self]
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Height and width of a cell, (sy, sx)."""
+        """Height and width of a cell that `max_agents` does not enlarge, (sy, sx)."""
         sx, sy = self.stride if isinstance(self.stride, tuple) else (self.stride, self.stride)
         return sy, sx
+
+    def cell_on(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a cell on a token grid, (sy, sx)."""
+        sy, sx = self.cell
+        factor = 1
+        while self.max_agents and (grid[0] // (factor * sy)) * (grid[1] // (factor * sx)) > self.max_agents:
+            factor += 1
+        return factor * sy, factor * sx
+
+    def pays_on(self, grid: tuple[int, int]) -> bool:
+        """Whether a token grid has the tokens that it takes."""
+        return grid[0] * grid[1] >= (MIN_TOKENS if self.min_tokens is None else self.min_tokens)
 
     @property
     def merges(self) -> bool:
         """Whether `ratio` plays a part."""
-        merged = self.attention in ("agent", "merge") and self.merge_attn
-        return merged or self.merge_crossattn or self.merge_mlp
+        return any(
+            (part.attention in ("agent", "merge") and part.merge_attn) or part.merge_crossattn or part.merge_mlp
+            for part in self.parts
+        )
 
     @property
     def acts(self) -> bool:
         """Whether anything is other than stock."""
-        return self.attention != "stock" or self.merges
+        return self.merges or any(part.attention != "stock" for part in self.parts)
 
     def check_ratio(self, ratio: float) -> None:
         """Raise ValueError if so many tokens cannot be merged away at this stride."""
@@ -159,9 +206,9 @@ class AgentSDConfig:
         ends = [phase.until for phase in self.phases]
         if sorted(set(ends)) != ends or ends[-1] != 1:
             raise ValueError(f"phases end at {ends}; until must rise from phase to phase and be 1 in the last")
-        for phase in self.phases:
-            if phase.merges:
-                phase.check_ratio(self.ratio_of(phase))
+        for part in (part for phase in self.phases for part in phase.parts):
+            if part.merges:
+                part.check_ratio(self.ratio_of(part))
         _boolean("use_rand", self.use_rand)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**64 - 1")
@@ -200,7 +247,7 @@ class AgentSDConfig:
                 raise ValueError(f"phases is {values['phases']!r}; it must be a list of mappings")
             for phase in values["phases"]:
                 _known("phase", phase, Phase)
-            values["phases"] = tuple(Phase(**phase) for phase in values["phases"])
+            values["phases"] = tuple(Phase(**_levels_as_numbers(phase)) for phase in values["phases"])
         return cls(**values)
 
     @classmethod
@@ -244,6 +291,15 @@ class AgentSDConfig:
             raise ValueError(f"preset is {name!r}; it must be one of {', '.join(cls.presets())}")
         text = (files("agentsd") / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
         return cls.from_dict(yaml.safe_load(text))
+
+
+def _levels_as_numbers(phase: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON, which image files carry, has no numbers for keys."""
+    levels = phase.get("levels")
+    if not isinstance(levels, Mapping):
+        return dict(phase)
+    numbers = {int(k) if isinstance(k, str) and k.lstrip("-").isdigit() else k: fields for k, fields in levels.items()}
+    return {**phase, "levels": numbers}
 
 
 def _known(what: str, values: Mapping[str, Any], kind: type) -> None:

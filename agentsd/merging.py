@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES_AT_ONCE = 1 << 26
+_SCORES_AT_ONCE = 1 << 22
 
 
 def _mix(value: int) -> int:

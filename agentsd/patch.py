@@ -103,7 +103,8 @@ class Patch:
         self.sample: tuple[int, int] | None = None
         self.layers = find_layers(model)
         self.finest = min((layer.level for layer in self.layers), default=0)
-        covered = {level for phase in config.phases if phase.acts for level in self.levels(phase)}
+        self.parts = {phase: self.on_levels(phase) for phase in config.phases}
+        covered = {level for parts in self.parts.values() for level, part in parts.items() if part.acts}
         self.covered = [layer for layer in self.layers if layer.level in covered]
         present = sorted({layer.level for layer in self.layers})
         if not self.layers:
@@ -120,9 +121,10 @@ class Patch:
         self.wrap_all()
         self.handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
 
-    def levels(self, phase: Phase) -> tuple[int, ...]:
-        """The levels that a phase covers in this model."""
-        return (self.finest,) if phase.levels is None else phase.levels
+    def on_levels(self, phase: Phase) -> dict[int, Phase]:
+        """The levels of this model that a phase covers, and what it is there."""
+        asked = (0,) if phase.levels is None else phase.levels
+        return {level if level > 0 else self.finest - level: phase.on(level) for level in asked}
 
     def wrap(self, layer: Layer) -> str | None:
         """Put the acceleration around the processor that the layer has now; or say why it has to be left alone."""
@@ -135,7 +137,8 @@ class Patch:
         reason = obstacle(attn, inner)
         if reason is None:
             if layer.name not in self.blocks:
-                block = self.blocks[layer.name] = Block(self.plans, layer.level, self.config.phases)
+                phases = tuple(parts[layer.level] for parts in self.parts.values() if layer.level in parts)
+                block = self.blocks[layer.name] = Block(self.plans, layer.level, phases)
                 self.handles += block.hook(layer.block)
             attn.set_processor(AgentSDProcessor(inner, self.blocks[layer.name]))
         return reason
@@ -178,13 +181,12 @@ class Patch:
         steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         phase = phase_at(self.config.phases, progress(timestep, steps))
         self.sample = (sample.shape[-2], sample.shape[-1])
-        if not phase.acts:
-            return
         key = step_key(self.config.seed, timestep) if self.config.use_rand else None
-        for level in self.levels(phase):
+        for level, part in self.parts[phase].items():
             grid = level_grid(self.sample, level)
-            places = destinations(grid, phase.cell, key, sample.device)
-            self.plans[level] = Plan(phase, self.config.ratio_of(phase), grid, places)
+            if part.acts and part.pays_on(grid):
+                places = destinations(grid, part.cell_on(grid), key, sample.device)
+                self.plans[level] = Plan(part, self.config.ratio_of(part), grid, places)
 
     def remove(self) -> None:
         """Give every layer its processor back and take the hooks off."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from agentsd.attention import Attend, agent_attention, log_size_bias, sdpa, size_weighted_attention
+from agentsd.attention import Attend, agent_attention, attention, log_size_bias, size_weighted_attention
 from agentsd.config import Phase
 from agentsd.merging import Match, TokenMap, match
 
@@ -42,7 +42,8 @@ class Plan:
 class Counts:
     """What is done in one layer: the attention, and how many queries, keys and agents (0: none) it has.
 
-    `also` names the other parts of the block whose tokens are merged: `crossattn`, `mlp`.
+    `also` names the other parts of the block whose tokens are merged: `crossattn`, `mlp`. `few` tells that the layer is
+    left alone because the grid has too few tokens.
     """
 
     attention: str
@@ -50,29 +51,36 @@ class Counts:
     keys: int
     agents: int
     also: tuple[str, ...] = ()
+    few: bool = False
 
     def work(self) -> int:
         """Multiply-adds per channel of both matrix products."""
         return 4 * self.agents * self.queries if self.agents else 2 * self.queries * self.keys
 
 
+def cell_count(phase: Phase, grid: tuple[int, int]) -> int:
+    """How many cells a grid has, each with one destination."""
+    sy, sx = phase.cell_on(grid)
+    return (grid[0] // sy) * (grid[1] // sx)
+
+
 def merge_count(phase: Phase, ratio: float, grid: tuple[int, int]) -> int:
     """How many tokens of a grid the ratio merges away: at most all sources."""
-    tokens = grid[0] * grid[1]
-    cells = (grid[0] // phase.cell[0]) * (grid[1] // phase.cell[1])
+    tokens, cells = grid[0] * grid[1], cell_count(phase, grid)
     return min(int(tokens * ratio), tokens - cells) if cells else 0
 
 
 def counts(phase: Phase, ratio: float, grid: tuple[int, int]) -> Counts:
     """What a phase makes of a layer on a token grid."""
-    tokens = grid[0] * grid[1]
-    cells = (grid[0] // phase.cell[0]) * (grid[1] // phase.cell[1])
+    tokens, cells = grid[0] * grid[1], cell_count(phase, grid)
+    if phase.acts and not phase.pays_on(grid):
+        return Counts("stock", tokens, tokens, 0, few=True)
     merged = tokens - merge_count(phase, ratio, grid)
     also = tuple(part for part in ("crossattn", "mlp") if getattr(phase, f"merge_{part}") and merged < tokens)
     if phase.attention == "stock" or not cells:
         return Counts("stock", tokens, tokens, 0, also)
     if phase.attention == "kv":
-        return Counts("kv", tokens, cells, 0, also)
+        return Counts("kv", tokens, tokens - min(int(tokens * phase.kv_ratio), tokens - cells), 0, also)
     queries = merged if phase.merge_attn else tokens
     if phase.attention == "agent":
         pooled = phase.agents == "pool"
@@ -87,7 +95,7 @@ def xformers_attention(op: Any) -> Attend:
     from xformers.ops import memory_efficient_attention
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
     ) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if attn_mask is not None:
@@ -169,8 +177,8 @@ class Block:
         if self.mlp:
             handles.append(block.ff.register_forward_pre_hook(self.merge_mlp))
             handles.append(block.ff.register_forward_hook(self.unmerge))
-        if self.crossattn or self.mlp:
-            handles.append(block.ff.register_forward_hook(self.forget))
+        last = block.ff if self.crossattn or self.mlp else block.attn1
+        handles.append(last.register_forward_hook(self.forget))
         return handles
 
 
@@ -210,26 +218,31 @@ class AgentSDProcessor:
         else:
             todo = counts(plan.phase, plan.ratio, plan.grid)
             if todo.attention == "kv":
-                out = self._kv(attn, hidden_states, plan)
+                out = self._kv(attn, hidden_states, plan, todo)
             elif todo.attention == "agent":
                 out = self._agent(attn, hidden_states, plan, todo)
             elif todo.attention == "merge":
                 out = self._merge(attn, hidden_states, plan, kwargs)
             else:
                 out = self.inner(attn, hidden_states, **kwargs)
-        if not (self.block.crossattn or self.block.mlp):
-            self.block.forget()
         return out
 
     def _merge(self, attn: "Attention", y: Tensor, plan: Plan, kwargs: dict[str, Any]) -> Tensor:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
         merged = self.block.merged(plan)
         assert merged is not None
         f = merged.merge(y)
-        mask = log_size_bias(merged.sizes, f)[:, 0] if plan.phase.proportional else None
-        return merged.unmerge(self.inner(attn, f, attention_mask=mask, **kwargs))
+        bias = log_size_bias(merged.sizes, f) if plan.phase.proportional else None
+        if type(self.inner) is AttnProcessor2_0:
+            q, k, v = _query(attn, f), _key(attn, f), _heads(attn, attn.to_v(f))
+            out = _out(attn, self.attend(q, k, v, attn_mask=bias))
+        else:
+            out = self.inner(attn, f, attention_mask=None if bias is None else bias[:, 0], **kwargs)
+        return merged.unmerge(out)
 
-    def _kv(self, attn: "Attention", y: Tensor, plan: Plan) -> Tensor:
-        groups = self.block.matched(plan).fold(y.shape[1])
+    def _kv(self, attn: "Attention", y: Tensor, plan: Plan, todo: Counts) -> Tensor:
+        groups = self.block.matched(plan).fold(plan.tokens - todo.keys)
         a = groups.merge(y)
         q, k, v = _query(attn, y), _key(attn, a), _heads(attn, attn.to_v(a))
         return _out(attn, size_weighted_attention(q, k, v, groups.sizes, attend=self.attend))
@@ -242,8 +255,8 @@ class AgentSDProcessor:
             a = self.block.matched(plan).fold(plan.tokens - todo.agents).merge(y)
         else:
             image = y.transpose(1, 2).unflatten(2, plan.grid)
-            cells = plan.grid[0] // phase.cell[0], plan.grid[1] // phase.cell[1]
-            a = F.adaptive_avg_pool2d(image, cells).flatten(2).transpose(1, 2)
+            sy, sx = phase.cell_on(plan.grid)
+            a = F.adaptive_avg_pool2d(image, (plan.grid[0] // sy, plan.grid[1] // sx)).flatten(2).transpose(1, 2)
         q, k, v = _query(attn, f), _key(attn, f), _heads(attn, attn.to_v(f))
         out = agent_attention(
             q,
@@ -282,7 +295,7 @@ def attend_like(inner: Any) -> Attend:
     """The softmax attention of the backend that a processor uses."""
     from diffusers.models.attention_processor import XFormersAttnProcessor
 
-    return xformers_attention(inner.attention_op) if isinstance(inner, XFormersAttnProcessor) else sdpa
+    return xformers_attention(inner.attention_op) if isinstance(inner, XFormersAttnProcessor) else attention
 
 
 def obstacle(attn: "Attention", inner: Any) -> str | None:

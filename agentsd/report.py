@@ -87,7 +87,7 @@ def _words(what: Counts, tokens: int) -> str:
         "agent": f"agent: {what.queries} tokens, {what.agents} agents",
         "merge": f"merge: {what.queries} tokens",
         "kv": f"kv: {what.keys} agents",
-        "stock": "stock",
+        "stock": "stock: too few tokens to pay" if what.few else "stock",
     }
     return " + ".join([words[what.attention], *(f"{part} merged" for part in what.also)])
 
@@ -95,14 +95,13 @@ def _words(what: Counts, tokens: int) -> str:
 def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None) -> LayerReport:
     grid = level_grid(sample, layer.level)
     attn = layer.block.attn1
-    phases = patch.config.phases if patch else (_STOCK,)
-    covers = [patch is not None and layer.level in patch.levels(phase) for phase in phases]
+    phases = [parts.get(layer.level) for parts in patch.parts.values()] if patch else [None]
     inner = attn.processor.inner if isinstance(attn.processor, AgentSDProcessor) else attn.processor
     reason = obstacle(attn, inner) or (patch.left_alone.get(layer.name) if patch else None)
-    note = reason or "" if any(covers) else ""
+    note = reason or "" if any(phases) else ""
     done = tuple(
-        counts(phase if covered and not note else _STOCK, patch.config.ratio_of(phase) if patch else 0.0, grid)
-        for phase, covered in zip(phases, covers, strict=True)
+        counts(phase, patch.config.ratio_of(phase), grid) if patch and phase and not note else counts(_STOCK, 0.0, grid)
+        for phase in phases
     )
     return LayerReport(f"{prefix}.{layer.name}", layer.level, grid, grid[0] * grid[1], done, attn.inner_dim, note)
 

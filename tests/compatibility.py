@@ -14,11 +14,18 @@ HEAD = """# What works with what
 
 Each row is a kind of pipeline, each column something that is done to a pipeline. The tests build the pipeline from
 real diffusers classes with random weights and draw with the operation before `agentsd.apply`, with the operation after
-it, and after `agentsd.remove`. *yes*: both orders give the same accelerated image, it is another than the stock one,
-and removal gives the stock one back bit for bit. *refused*: together they raise an error that says why. *–*: the
-operation has no place here. A blank was not tried.
+it, and after `agentsd.remove`, on the CPU. *yes*: both orders give the same accelerated image, it is another than the
+stock one, and removal gives the stock one back bit for bit. *refused*: together they raise an error that says why.
+*–*: the operation has no place here.
 
-`pytest tests/test_operations.py --write-compatibility` writes this file; the tests fail where they find otherwise.
+*compile*: `torch.compile(pipe.unet)`, `pipe.unet.compile()` and `pipe.unet.compile_repeated_blocks()` with a backend
+that runs the graphs as they were captured. The images are those without compilation, bit for bit, and the acceleration
+breaks no graph in two. What Inductor makes of the graphs is not tried here. *meta device and back*: the UNet and the
+ControlNets go to the device that has no memory and come back to the CPU, where their weights are loaded again; no GPU
+was there to move to.
+
+`pytest tests/test_operations.py tests/test_compiled.py --write-compatibility` writes this file; the tests fail where
+they find otherwise.
 
 """
 
@@ -32,8 +39,6 @@ class Compatibility:
     def __init__(self, writing: bool) -> None:
         self.writing = writing
         self.known: dict[tuple[str, str], Cell] = read(TABLE.read_text("utf-8")) if TABLE.exists() else {}
-        self.rows: list[str] = []
-        self.columns: list[str] = []
 
     def __call__(self, family: str, operation: str, mark: str = "yes", reason: str = "") -> None:
         """A test found this."""
@@ -96,5 +101,9 @@ FOUND = pytest.StashKey[Compatibility]()
 def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash.get(FOUND, None)
     if found and found.writing:
+        # Imported here: they import conftest, which imports this module.
+        from families import FAMILIES
+        from operations import COLUMNS
+
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(render(found.known, found.rows, found.columns), encoding="utf-8")
+        TABLE.write_text(render(found.known, list(FAMILIES), COLUMNS), encoding="utf-8")

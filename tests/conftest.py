@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,14 @@ from safetensors.torch import load_file, save_file
 from compatibility import compatibility, pytest_addoption, pytest_sessionfinish  # noqa: F401
 
 TinyUNet = Callable[..., Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_grids_pay() -> Iterator[None]:
+    """The models of the tests have so few tokens that the acceleration would leave them alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agentsd.config.MIN_TOKENS", 1)
+        yield
 
 
 def build_unet(seed: int = 0, **overrides: Any) -> Any:

@@ -529,7 +529,7 @@ def families() -> Sequence[Family]:
         Family(
             "SDXL inpaint",
             sdxl("StableDiffusionXLInpaintPipeline", lambda: {"unet": unet_xl(in_channels=9)}),
-            text(lambda seed: {"image": picture(seed, SIZE_XL), "mask_image": mask(SIZE_XL)}),
+            text(lambda seed: {"image": picture(seed, SIZE_XL), "mask_image": mask(SIZE_XL)}, strength=1.0),
             3,
             deeper,
         ),

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import accelerate
@@ -15,6 +16,21 @@ from accelerate.hooks import remove_hook_from_submodules
 from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
+
+import agentsd
+from agentsd import AgentSDConfig, Phase
+from families import FAMILIES, Family
+
+# Agent attention in the first of two steps and merging in the second, whichever two steps a pipeline takes: from the
+# noise, from an image, or the last of many.
+CONFIG = AgentSDConfig(
+    phases=(
+        Phase(until=0.5008, attention="agent"),  # SDXL has a step at 0.5005, LCM at 0.501
+        Phase(until=0.6, attention="merge", stride=2),
+        Phase(until=0.9, attention="agent"),
+        Phase(attention="merge", stride=2),
+    )
+)
 
 Do = Callable[[Any], Any]
 
@@ -36,7 +52,7 @@ class Operation:
         arguments: what the pipeline is to be called with besides, given the pipeline and the arguments it has.
         refusal: a pattern for the sentence that refuses operation and acceleration together; empty: they work together.
         keeps: the image remains what it was but for rounding.
-        slow: tried with one family of each kind only.
+        compiles: makes graphs of the UNet, which takes longer than everything else together.
     """
 
     name: str
@@ -46,7 +62,7 @@ class Operation:
     arguments: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
     refusal: str = ""
     keeps: bool = False
-    slow: bool = False
+    compiles: bool = False
 
 
 def lacks(method: str, what: str) -> Callable[[Any], str]:
@@ -159,6 +175,15 @@ def try_xformers(pipe: Any) -> None:
         pipe.disable_xformers_memory_efficient_attention()
 
 
+def there_and_back(pipe: Any) -> None:
+    """Move the networks to the meta device, which knows shapes alone, and back to the CPU with their weights."""
+    for net in networks(pipe):
+        weights = copy.deepcopy(net.state_dict())
+        net.to("meta")
+        net.to_empty(device="cpu").load_state_dict(weights)
+    pipe.to("cpu")
+
+
 def sequential_offload(pipe: Any) -> None:
     """What `enable_sequential_cpu_offload` does to the UNet; diffusers refuses to do it without a GPU."""
     accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
@@ -174,8 +199,26 @@ def group_offload(pipe: Any) -> None:
         pytest.skip("older versions of diffusers have no group offload without an accelerator")
 
 
+class Graphs:
+    """A backend of torch.compile that runs each graph as it was traced, and counts the runs."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return graph(*args)
+
+        return run
+
+
+# One for all: what is compiled once serves every network of the same structure.
+graphs = Graphs()
+
+
 def compile_unet(pipe: Any) -> None:
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    pipe.unet = torch.compile(pipe.unet, backend=graphs)
 
 
 def restore_unet(pipe: Any) -> None:
@@ -291,6 +334,7 @@ def operations() -> tuple[Operation, ...]:
             in_place(lambda pipe: pipe.to(torch.float32)),
             numpy_only,
         ),
+        Operation("meta device and back", in_place(there_and_back), keeps=True),
         Operation(
             "channels last",
             in_place(lambda pipe: pipe.unet.to(memory_format=torch.channels_last)),
@@ -311,21 +355,21 @@ def operations() -> tuple[Operation, ...]:
             keeps=True,
         ),
         Operation("group offload", in_place(group_offload), keeps=True),
-        Operation("compile the UNet", in_place(compile_unet), in_place(restore_unet), keeps=True, slow=True),
+        Operation("compile the UNet", in_place(compile_unet), in_place(restore_unet), keeps=True, compiles=True),
         Operation(
             "compile in place",
-            in_place(lambda pipe: pipe.unet.compile(backend="eager")),
+            in_place(lambda pipe: pipe.unet.compile(backend=graphs)),
             in_place(end_compilation),
             keeps=True,
-            slow=True,
+            compiles=True,
         ),
         Operation(
             "compile repeated blocks",
-            in_place(lambda pipe: pipe.unet.compile_repeated_blocks(backend="eager")),
+            in_place(lambda pipe: pipe.unet.compile_repeated_blocks(backend=graphs)),
             in_place(end_compilation),
             lambda pipe: "" if pipe.unet._repeated_blocks else "diffusers names no repeated blocks of this UNet",
             keeps=True,
-            slow=True,
+            compiles=True,
         ),
         Operation("another scheduler", in_place(other_scheduler), unfit=own_scheduler),
         Operation(
@@ -380,3 +424,25 @@ class Called:
         if self._operation and self._operation.arguments:
             arguments |= self._operation.arguments(self._pipe, arguments)
         return called(self._pipe, **arguments)
+
+
+def draw(family: Family, pipe: Any, operation: Operation | None = None, seed: int = 0) -> Tensor:
+    """The family's image by a pipeline on which `operation` is in force."""
+    return family.draw(Called(pipe, operation), seed)
+
+
+@cache
+def images(name: str) -> tuple[Tensor, Tensor]:
+    """The stock image of a family and the accelerated one, each by a pipeline that nothing else was done to."""
+    family = FAMILIES[name]
+    return draw(family, family.build()), draw(family, agentsd.apply(family.build(), CONFIG))
+
+
+AGAIN, DISABLED, REMOVED, SAVED, STOPPED = (
+    "apply again",
+    "disabled",
+    "remove twice",
+    "save and reload",
+    "exception in a run",
+)
+COLUMNS = [*OPERATIONS, AGAIN, DISABLED, REMOVED, SAVED, STOPPED]

@@ -145,7 +145,7 @@ def reference_attention(
     agents = None
 
     if phase.attention == "kv":
-        groups = fold(x, dst, n)
+        groups = fold(x, dst, int(n * phase.kv_ratio))
         means = merge(y, groups)
         q, k, v = project(attn.to_q, y), project(attn.to_k, means), project(attn.to_v, means)
         groups_out = [[token] for token in range(n)]

@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from agentsd import AgentSDConfig, benchmark
+from agentsd import AgentSDConfig, attention, benchmark
 from agentsd.benchmark import STEPS, Setting, Timing, exponent, kinds, measure, over_schedule, parse
-from agentsd.cli.bench import main
+from agentsd.cli.bench import MARKS, main
 
 TINY = {
     "sample_size": 16,
@@ -118,6 +119,54 @@ def test_options_are_read() -> None:
     assert parse("floor:levels=[1+2],x=0.5") == ("floor", {"levels": [1, 2], "x": 0.5})
 
 
+def test_the_parts_of_a_profile_add_up() -> None:
+    parts = benchmark.profile(SETTING, ["stock", "paper", "faithful"], repeats=2)
+    assert list(parts) == ["stock: stock", "paper: agent until 0.4", "paper: merge until 1", "faithful: kv until 1"]
+    for name, spent in parts.items():
+        assert list(spent) == list(benchmark.PARTS)
+        assert (spent["matching"] > 0) == (spent["folding and merging"] > 0) == (name != "stock: stock")
+        assert (spent["unmerging"] > 0) == name.startswith("paper")
+        assert min(spent["attention"], spent["projections and copies"], spent["rest of the UNet"]) > 0
+
+
+def test_fused_turns_the_attention_by_blocks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentsd.attention._PRODUCTS_ARE_FASTER", True)
+    taken: list[bool] = []
+    true = attention.blockwise_attention
+    monkeypatch.setattr(attention, "blockwise_attention", lambda *a, **k: taken.append(True) or true(*a, **k))
+    for fused in (True, False):
+        assert not taken
+        measure(replace(SETTING, dtype="bfloat16", fused=fused), ["paper"], repeats=1)
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("text", "results"), [("README.md", "cpu-sd15.json cpu-closeness.json"), ("docs/benchmarks.md", "cpu-*.json")]
+)
+def test_the_tables_of_the_texts_are_those_of_the_results(
+    text: str, results: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[1]
+    files = [str(file) for glob in results.split() for file in sorted((root / "benchmarks" / "results").glob(glob))]
+    assert main(["--table", *files]) == 0
+    between = (root / text).read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert between.strip() == capsys.readouterr().out.strip()
+
+
+def test_tables_go_into_a_text_between_marks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = next((Path(__file__).parents[1] / "benchmarks" / "results").glob("cpu-*.json"))
+    text = tmp_path / "text.md"
+    text.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    assert main(["--table", str(results)]) == 0
+    table = capsys.readouterr().out.strip()
+    for _ in range(2):
+        assert main(["--table", str(results), "--into", str(text)]) == 0
+        assert text.read_text() == f"before\n{MARKS[0]}\n\n{table}\n\n{MARKS[1]}\nafter\n"
+    text.write_text("no marks")
+    assert main(["--table", str(results), "--into", str(text)]) == 2
+    assert text.read_text() == "no marks"
+
+
 def test_the_command_writes_what_its_table_is_made_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "result.json"
     options = ["--model", "tiny", "--latent", "8", "16", "--repeats", "2", "--dtype", "float32", "--output", str(file)]
@@ -138,7 +187,7 @@ def test_the_command_writes_what_its_table_is_made_from(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "nothing"], "method is 'nothing'; it must be one of stock, floor, "),
+        (["--method", "nothing"], "method is 'nothing'; it must be one of stock, xformers, floor, "),
         (["--method", "paper:rato=1"], "phase has no field 'rato'"),
         (["--method", "paper:ratio"], "options are written name:key=value"),
         (["--latent", "13"], "must be a multiple of 8"),
@@ -146,6 +195,9 @@ def test_the_command_writes_what_its_table_is_made_from(tmp_path: Path, capsys: 
         (["--output", "missing/x.json"], "its folder does not exist"),
         (["--model", "missing"], "missing"),
         (["--table", "missing.json"], "missing.json"),
+        (["--into", "README.md"], "--into goes with --table"),
+        (["--method", "xformers"], "needs the package xformers and a CUDA device"),
+        (["--profile", "--method", "floor"], "method is 'floor'; the profile is of stock and faithful, fast, paper"),
         (["--device", "cuda:9"], "cuda:9"),
     ],
 )

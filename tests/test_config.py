@@ -1,5 +1,6 @@
 """Configurations: presets, YAML, and one clear sentence for whatever is not allowed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,16 @@ def phases() -> st.SearchStrategy[Phase]:
         agents=st.sampled_from(AGENTS),
         proportional=st.booleans(),
         k_scale2=st.floats(0, 2),
-        levels=st.none() | st.lists(st.integers(1, 4), min_size=1).map(tuple),
+        kv_ratio=st.floats(0, 1),
+        max_agents=st.none() | st.integers(1, 4096),
+        min_tokens=st.none() | st.integers(1, 4096),
+        levels=st.none()
+        | st.lists(st.integers(-2, 4), min_size=1).map(tuple)
+        | st.dictionaries(
+            st.integers(-2, 4),
+            st.fixed_dictionaries({}, optional={"stride": st.integers(2, 8), "kv_ratio": st.floats(0, 1)}),
+            min_size=1,
+        ),
     )
 
 
@@ -33,6 +43,7 @@ def test_yaml_reads_back_equal(
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
     config.to_file(path)
     assert AgentSDConfig.from_file(path) == config
+    assert AgentSDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert [entry.name for entry in path.parent.iterdir()] == ["config.yaml"]
     assert AgentSDConfig.from_dict(config.to_dict()) == config
 
@@ -76,7 +87,15 @@ def test_every_preset_loads(name: str) -> None:
         (lambda: Phase(stride=(2, 0)), r"stride is \(2, 0\)"),
         (lambda: Phase(until=1.5), r"until is 1\.5; it must be a number from 0 to 1"),
         (lambda: Phase(levels=()), r"levels is \(\); it must be"),
-        (lambda: Phase(levels=(0,)), r"levels is \(0,\)"),
+        (lambda: Phase(levels=(1.5,)), r"levels is \(1.5,\)"),
+        (lambda: Phase(levels={1: {"stride": 1}}), "stride is 1"),
+        (lambda: Phase(levels={1: {"until": 0.5}}), "level 1 is {'until': 0.5}; it must be a mapping without until"),
+        (lambda: Phase(levels={1: {"strid": 2}}), "level 1 has no field 'strid'"),
+        (lambda: Phase(levels={1: 2}), "level 1 is 2; it must be a mapping"),
+        (lambda: AgentSDConfig(ratio=0.8, phases=(Phase(levels={2: {"stride": 2}}),)), "ratio is 0.8; with stride 2"),
+        (lambda: Phase(max_agents=0), "max_agents is 0; it must be null or a whole number from 1"),
+        (lambda: Phase(min_tokens=True), "min_tokens is True"),
+        (lambda: Phase(kv_ratio=1.5), "kv_ratio is 1.5"),
         (lambda: Phase(proportional=1), "proportional is 1; it must be true or false"),
         (lambda: AgentSDConfig(phases=(Phase(until=0.5),)), r"until must rise .* be 1 in the last"),
         (lambda: AgentSDConfig(phases=(Phase(until=1.0), Phase(until=1.0))), "until must rise"),

@@ -16,6 +16,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 import agentsd
+from agentsd import Phase
+from agentsd.patch import patch_of
 from conftest import build_unet
 from families import (
     FAMILIES,
@@ -361,6 +363,18 @@ def test_images_without_perturbed_attention_are_the_same_after_one_with_it() -> 
     fresh, used = agentsd.apply(family.build()), agentsd.apply(family.build())
     family.draw(used)
     assert torch.equal(plain(used), plain(fresh))
+
+
+@pytest.mark.parametrize("name", ["SD 1.x text-to-image", "PAG", "ControlNet"])
+@pytest.mark.parametrize("merge_mlp", [False, True])
+def test_no_tensor_is_held_between_calls(name: str, merge_mlp: bool) -> None:
+    family = FAMILIES[name]
+    pipe = family.build()
+    agentsd.apply(pipe, phases=(Phase(stride=2, attention="merge", merge_mlp=merge_mlp),))
+    family.draw(pipe)
+    blocks = [block for net in networks(pipe).values() for block in patch_of(net).blocks.values()]
+    assert blocks
+    assert all(block.x is block._matched is block.map is None for block in blocks)
 
 
 def test_perturbed_layers_are_left_to_their_processors_with_one_warning() -> None:

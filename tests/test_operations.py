@@ -3,7 +3,6 @@
 import copy
 import hashlib
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,21 @@ import agentsd
 from agentsd import AgentSDConfig, Phase
 from compatibility import TABLE, Compatibility, read
 from families import FAMILIES, Family
-from operations import OPERATIONS, Called, Operation, networks
+from operations import (
+    AGAIN,
+    COLUMNS,
+    CONFIG,
+    DISABLED,
+    OPERATIONS,
+    REMOVED,
+    SAVED,
+    STOPPED,
+    Operation,
+    draw,
+    images,
+    networks,
+)
 
-# Agent attention in the first of two steps and merging in the second, with every scheduler.
-CONFIG = AgentSDConfig(phases=(Phase(until=0.5, attention="agent"), Phase(attention="merge", stride=2)))
 OTHER = AgentSDConfig.from_preset("faithful")
 FIRST = next(iter(FAMILIES))
 
@@ -36,28 +46,10 @@ TELLING = (
     "deepcopy",
     "tomesd",
 )
-# torch.compile takes longer than everything else together.
-COMPILED = {
-    "compile the UNet": (FIRST,),
-    "compile in place": (FIRST,),
-    "compile repeated blocks": (FIRST, "ControlNet", "AnimateDiff", "SDXL text-to-image"),
-}
-AGAIN, DISABLED, REMOVED, SAVED, STOPPED = (
-    "apply again",
-    "disabled",
-    "remove twice",
-    "save and reload",
-    "exception in a run",
-)
-COLUMNS = [*OPERATIONS, AGAIN, DISABLED, REMOVED, SAVED, STOPPED]
-
-
-def tried(family: str, operation: str) -> bool:
-    return family in COMPILED.get(operation, FAMILIES)
 
 
 def fast(family: str, operation: str) -> bool:
-    return operation not in COMPILED and (family == FIRST or (family in KINDS and operation in TELLING))
+    return family == FIRST or (family in KINDS and operation in TELLING)
 
 
 def pairs() -> list[Any]:
@@ -70,31 +62,12 @@ def pairs() -> list[Any]:
         )
         for family in FAMILIES.values()
         for operation in OPERATIONS.values()
-        if tried(family.name, operation.name)
+        if not operation.compiles
     ]
-
-
-def draw(family: Family, pipe: Any, operation: Operation | None = None, seed: int = 0) -> Tensor:
-    """The family's image by a pipeline on which `operation` is in force."""
-    return family.draw(Called(pipe, operation), seed)
-
-
-@cache
-def images(name: str) -> tuple[Tensor, Tensor]:
-    """The stock image of a family and the accelerated one, each by a pipeline that nothing else was done to."""
-    family = FAMILIES[name]
-    return draw(family, family.build()), draw(family, agentsd.apply(family.build(), CONFIG))
-
-
-@pytest.fixture(autouse=True)
-def in_order(compatibility: Compatibility) -> None:
-    compatibility.rows, compatibility.columns = list(FAMILIES), COLUMNS
 
 
 @pytest.mark.parametrize(("family", "operation"), pairs())
 def test_both_orders_give_the_same_image(family: Family, operation: Operation, compatibility: Compatibility) -> None:
-    if operation.name in COMPILED:
-        torch._dynamo.reset()
     before = family.build()
     if reason := operation.unfit(before):
         compatibility(family.name, operation.name, "–", reason)
@@ -118,7 +91,6 @@ def test_both_orders_give_the_same_image(family: Family, operation: Operation, c
         compatibility(family.name, operation.name)
     agentsd.remove(after)
     assert torch.equal(draw(family, after, operation), stock)
-    assert operation.name not in COMPILED or torch._dynamo.utils.counters["frames"]["ok"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +98,7 @@ def test_both_orders_give_the_same_image(family: Family, operation: Operation, c
     [
         pytest.param(operation, id=operation.name)
         for operation in OPERATIONS.values()
-        if operation.undo and not operation.slow
+        if operation.undo and not operation.compiles
     ],
 )
 def test_undoing_works_whenever_it_is_done(operation: Operation) -> None:
@@ -177,7 +149,7 @@ def ours(pipe: Any) -> list[str]:
     [
         pytest.param(operation, id=operation.name)
         for operation in OPERATIONS.values()
-        if operation.keeps and not operation.slow
+        if operation.keeps and not operation.compiles
     ],
 )
 def test_an_operation_that_should_keep_the_image_keeps_the_accelerated_one(
@@ -384,6 +356,44 @@ def test_on_the_meta_device_shapes_are_computed() -> None:
         assert unet(sample, timestep, context).sample.shape == sample.shape
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [FIRST, "ControlNet", "SDXL text-to-image"])
+def test_a_pipeline_may_go_to_a_gpu_and_back(name: str) -> None:
+    family = FAMILIES[name]
+    stock, image = images(name)
+    before = agentsd.apply(family.build().to("cuda"), CONFIG)
+    after = agentsd.apply(family.build(), CONFIG)
+    assert torch.equal(draw(family, after), image)
+    after.to("cuda")
+    for pipe in (before, after):
+        drawn = draw(family, pipe)
+        assert drawn.is_cuda
+        with agentsd.disabled(pipe):
+            assert not torch.equal(draw(family, pipe), drawn)
+        pipe.to("cpu")
+        assert torch.equal(draw(family, pipe), image)
+        assert torch.equal(draw(family, agentsd.remove(pipe)), stock)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
+)
+def test_each_image_of_these_tests_has_a_step_of_agent_attention_and_one_of_merging(name: str) -> None:
+    family = FAMILIES[name]
+
+    def alone(attention: str) -> Tensor:
+        phases = (p if p.attention == attention else Phase(p.until, "stock") for p in CONFIG.phases)
+        return draw(family, agentsd.apply(family.build(), CONFIG, phases=tuple(phases)))
+
+    agent, merge = alone("agent"), alone("merge")
+    stock, both = images(name)
+    one_step = name == "SDXL few-step"
+    assert not torch.equal(agent, stock)
+    assert torch.equal(agent, both) is one_step
+    assert torch.equal(merge, stock) is one_step
+
+
 def test_processors_read_and_set_back_are_still_accelerated() -> None:
     """What a caller does who wants his own processors for a while."""
     family = FAMILIES[FIRST]
@@ -411,5 +421,5 @@ def test_diffusers_refuses_to_reset_processors_it_does_not_know_and_nothing_brea
 def test_the_table_has_every_family_and_every_operation(compatibility: Compatibility) -> None:
     if compatibility.writing:
         pytest.skip("the table is being written")
-    expected = {(family, operation) for family in FAMILIES for operation in COLUMNS if tried(family, operation)}
+    expected = {(family, operation) for family in FAMILIES for operation in COLUMNS}
     assert set(read(TABLE.read_text("utf-8"))) == expected

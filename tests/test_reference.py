@@ -135,6 +135,7 @@ def phases(draw: Any, attention: str, until: float) -> Phase:
         stride=stride,
         ratio=limit(stride) * draw(st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))),
         agent_ratio=draw(st.sampled_from([0.5, 0.8, 0.95])),
+        kv_ratio=draw(st.sampled_from([0.3, 1.0])),
         agents=draw(st.sampled_from(["merge", "pool"])),
         proportional=draw(st.booleans()),
         k_scale2=draw(st.floats(0, 1)),
@@ -372,6 +373,41 @@ def test_several_levels(unet: UNet2DConditionModel, phase: Phase) -> None:
         outputs.append(ours)
     assert torch.equal(accelerated(unet, throughout(phase), sample, EARLY, text), outputs[0])
     assert all(largest(a - b) > 1e-3 for a, b in ((outputs[0], outputs[1]), (outputs[1], outputs[2])))
+
+
+@pytest.mark.parametrize("phase", [AGENT, MERGE, KV], ids=lambda phase: phase.attention)
+def test_each_level_has_the_fields_of_its_own(unet: UNet2DConditionModel, phase: Phase) -> None:
+    """Level by level the mapping is what a plain phase on that level is; 0 and -1 count from the finest grid."""
+    sample, text = inputs((9, 11))
+    own = {"stride": 3, "kv_ratio": 0.5}
+    for level, relative in ((1, 0), (2, -1)):
+        other = {3 - level: {"attention": "stock"}}
+        plain = accelerated(unet, throughout(replace(phase, levels=(level,), **own)), sample, EARLY, text)
+        for name in (level, relative):
+            mapped = throughout(replace(phase, levels={**other, name: own}))
+            assert torch.equal(accelerated(unet, mapped, sample, EARLY, text), plain)
+    both = throughout(replace(phase, levels={0: {}, -1: own}))
+    assert largest(accelerated(unet, both, sample, EARLY, text) - plain) > 1e-3
+
+
+@pytest.mark.parametrize("phase", [AGENT, MERGE, KV], ids=lambda phase: phase.attention)
+@pytest.mark.parametrize(("most", "stride"), [(99, 2), (20, 2), (19, 4), (5, 4), (4, 4), (3, 6), (1, 6)])
+def test_max_agents_enlarges_the_cells(unet: UNet2DConditionModel, phase: Phase, most: int, stride: int) -> None:
+    sample, text = inputs((9, 11))  # 4×5 cells of 2×2, 2×2 of 4×4, 1×1 of 6×6
+    limited = throughout(replace(phase, stride=2, max_agents=most))
+    ours = accelerated(unet, limited, sample, EARLY, text)
+    assert torch.equal(ours, accelerated(unet, throughout(replace(phase, stride=stride)), sample, EARLY, text))
+
+
+@pytest.mark.parametrize("attention", ["agent", "merge", "kv"])
+def test_too_few_tokens_are_left_alone_and_described(unet: UNet2DConditionModel, attention: str) -> None:
+    sample, text = inputs((9, 11))
+    stock = run(unet, sample, EARLY, text)
+    for least, alone in ((99, False), (100, True)):
+        phase = Phase(attention=attention, stride=2, ratio=0.5, merge_mlp=True, min_tokens=least)
+        with agentsd.applied(unet, throughout(phase)):
+            assert torch.equal(run(unet, sample, EARLY, text), stock) == alone
+            assert ("too few tokens to pay" in str(agentsd.describe(unet))) == alone
 
 
 @pytest.mark.parametrize("attention", ["agent", "merge", "kv"])

@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,12 +13,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PROGRAM = "agentsd-bench"
+MARKS = ("<!-- agentsd-bench -->", "<!-- /agentsd-bench -->")
 EXAMPLES = """examples:
   agentsd-bench                                                  stock, the floor and every preset on SD 1.5, 512×512
   agentsd-bench --method stock --method paper:ratio=0.5 --method tomesd:ratio=0.5 --latent 64 96 128
   agentsd-bench --model demo --memory
   agentsd-bench --micro                                          one layer from 1,024 to 65,536 tokens
-  agentsd-bench --table benchmarks/results/*.json                the table of results, in Markdown
+  agentsd-bench --profile --method stock --method paper          where the time of a call goes
+  agentsd-bench --table benchmarks/results/cpu-*.json            the tables of results, in Markdown
+  agentsd-bench --table benchmarks/results/cpu-*.json --into docs/benchmarks.md
 """
 
 
@@ -30,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     from agentsd import AgentSDConfig
     from agentsd.benchmark import ARCHITECTURES, PEERS
 
-    methods = ", ".join(("stock", "floor", *AgentSDConfig.presets(), *PEERS))
+    methods = ", ".join(("stock", "xformers", "floor", *AgentSDConfig.presets(), *PEERS))
     parser = _Parser(
         prog=PROGRAM,
         description="Measure UNet calls: every method in turn in each repetition, medians, and their mean over a "
@@ -64,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--compile", action="store_true", help="compile the UNet")
     group.add_argument("--memory", action="store_true", help="peak memory too, each method in a process of its own")
     group.add_argument("--micro", action="store_true", help="single layers of 1,024 to 65,536 tokens instead")
+    group.add_argument("--profile", action="store_true", help="where the time goes, of stock and ours, instead")
+    group.add_argument(
+        "--fused", action="store_true", help="torch's fused attention even where this package has a faster one"
+    )
     group.add_argument("--repeats", type=_positive, default=5, help="repetitions after one warm-up (default: 5)")
     group.add_argument("--threads", type=_positive, default=None, help="threads on the CPU (default: torch's)")
     group = parser.add_argument_group("output")
@@ -71,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="write the measurements as JSON, and plots beside it"
     )
     group.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the table of such files and end")
+    group.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help=f"put what --table prints into a text, between the lines {MARKS[0]} and {MARKS[1]}",
+    )
     return parser
 
 
@@ -79,13 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         if args.table:
-            print("\n\n".join(markdown(_read(path)) for path in args.table))
+            tables = "\n\n".join(markdown(_read(path)) for path in args.table)
+            if args.into:
+                _write(args.into, between_marks(args.into, tables))
+                print(f"wrote {args.into}")
+            else:
+                print(tables)
             return 0
+        if args.into:
+            raise ValueError("--into goes with --table")
         if args.output and not args.output.resolve().parent.is_dir():
             raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
-        result = _micro(args) if args.micro else _bench(args)
-        print(markdown(result) if args.micro else text(result))
+        result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
+        print(text(result) if "runs" in result else markdown(result))
         if args.output:
+            result["command"] = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
             _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             print(f"wrote {args.output}")
             if importlib.util.find_spec("matplotlib"):
@@ -113,7 +136,7 @@ def _setting(args: argparse.Namespace, cells: int) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     name = str(dtype).removeprefix("torch.")
-    return Setting(args.model, (cells, cells), args.batch, name, str(device), args.compile)
+    return Setting(args.model, (cells, cells), args.batch, name, str(device), args.compile, args.fused)
 
 
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,15 +166,30 @@ def _micro(args: argparse.Namespace) -> dict[str, Any]:
     from agentsd.benchmark import environment, exponent, micro
 
     setting = _setting(args, 64)
-    phases = (Phase(attention="agent", stride=4), Phase(attention="merge", stride=2), Phase(attention="kv", stride=4))
-    variants = {f"{phase.attention}, stride {phase.stride}": AgentSDConfig(phases=(phase,)) for phase in phases}
-    times = micro([4**n for n in range(5, 9)], variants, setting, args.repeats)
+    variants = {
+        "agent, 256 agents": Phase(attention="agent", stride=4, max_agents=256, agent_ratio=1.0),
+        "kv, 256 agents": Phase(attention="kv", stride=4, max_agents=256),
+        "kv, stride 4": Phase(attention="kv", stride=4),
+        "merge, stride 2": Phase(attention="merge", stride=2),
+    }
+    configs = {name: AgentSDConfig(phases=(phase,)) for name, phase in variants.items()}
+    times = micro([4**n for n in range(5, 9)], configs, setting, args.repeats)
     return {
         "environment": environment(setting.device),
         "setting": asdict(setting),
         "layers": times,
         "exponents": {name: exponent(values) for name, values in times.items()},
     }
+
+
+def _profile(args: argparse.Namespace) -> dict[str, Any]:
+    from agentsd import AgentSDConfig
+    from agentsd.benchmark import environment, profile
+
+    methods = list(dict.fromkeys(args.method or ["stock", *AgentSDConfig.presets()]))
+    setting = _setting(args, args.latent[0])
+    parts = profile(setting, methods, args.repeats)
+    return {"environment": environment(setting.device), "setting": asdict(setting), "parts": parts}
 
 
 def rows(run: dict[str, Any]) -> list[list[str]]:
@@ -193,8 +231,13 @@ def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
     setting = run["setting"]
     height, width = setting["latent"]
     how = "compiled" if setting["compile"] else "eager"
+    how += ", fused attention only" if setting.get("fused") else ""
+    what = f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}"
+    return f"{what}, {_machine(environment)}"
+
+
+def _machine(environment: dict[str, Any]) -> str:
     return (
-        f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}, "
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
         f"diffusers {environment['diffusers']}"
     )
@@ -218,16 +261,47 @@ def text(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of all runs, in Markdown."""
+    """The tables of a result in Markdown, each under what was measured, and the command."""
+    environment = result["environment"]
+    tables: list[tuple[str, list[list[str]]]] = []
     if "layers" in result:
-        layers = result["layers"]
+        setting, layers = result["setting"], result["layers"]
         tokens = list(next(iter(layers.values())))
         table = [["layer", *(f"{int(n):,} tokens, ms" for n in tokens), "exponent from 4,096"]]
         for name, times in layers.items():
             cells = [f"{seconds * 1000:.1f}" for seconds in times.values()]
             table.append([name, *cells, f"{result['exponents'][name]:.2f}"])
-        return _pipes(table)
-    return "\n\n".join(f"*{_title(run, result['environment'])}*\n\n{_pipes(_filled(run))}" for run in result["runs"])
+        what = f"one self-attention layer of SD 1.5's finest grid, batch {setting['batch']}, {setting['dtype']}"
+        tables.append((f"{what}, {_machine(environment)}", table))
+    elif "psnr" in result:
+        table = [["preset", "PSNR to the stock image, mean / worst, dB"]]
+        for name, decibels in result["psnr"].items():
+            table.append([name, f"{statistics.mean(decibels):.1f} / {min(decibels):.1f}"])
+        what = f"the embedded model, {result['prompts']} held-out prompts, {result['steps']} steps, {result['dtype']}"
+        tables.append((f"{what}, {_machine(environment)}", table))
+    elif "parts" in result:
+        table = [["ms", *next(iter(result["parts"].values())), "sum"]]
+        for name, parts in result["parts"].items():
+            table.append([name, *(f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values())))])
+        tables.append((_title(result, environment), table))
+    else:
+        tables += [(_title(run, environment), _filled(run)) for run in result["runs"]]
+    command = f"```bash\n{result['command']}\n```\n\n" if "command" in result else ""
+    return command + "\n\n".join(f"*{title}*\n\n{_pipes(table)}" for title, table in tables)
+
+
+def between_marks(path: Path, tables: str) -> str:
+    """The text of a file with `tables` between the two marks.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not have both marks.
+    """
+    before, start, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise ValueError(f"--into is {str(path)!r}; it must have the lines {MARKS[0]} and {MARKS[1]}")
+    return f"{before}{start}\n\n{tables}\n\n{end}{after}"
 
 
 def _filled(run: dict[str, Any]) -> list[list[str]]:
@@ -248,8 +322,8 @@ def _read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path} is not a file of measurements: it is not JSON") from None
-    if not isinstance(result, dict) or not ("runs" in result or "layers" in result):
-        raise ValueError(f"{path} is not a file of measurements: it has neither runs nor layers")
+    if not isinstance(result, dict) or not result.keys() & {"runs", "layers", "parts", "psnr"}:
+        raise ValueError(f"{path} is not a file of measurements: it has none of runs, layers, parts and psnr")
     return result
 
 

@@ -18,6 +18,8 @@ def draw(result: dict[str, Any], output: Path) -> Path:
             for name, values in result["layers"].items()
         }
         panels.append(("one self-attention layer", "tokens", "ms", times))
+    elif "parts" in result:
+        return _bars(result["parts"], output)
     else:
         panels.append(
             ("mean UNet call of a 50-step schedule", "latent cells a side", "s", _lines(result, "schedule", 1))
@@ -26,14 +28,15 @@ def draw(result: dict[str, Any], output: Path) -> Path:
             panels.append(("peak memory", "latent cells a side", "GiB", _lines(result, "memory", 2**-30)))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained")
     for axis, (title, across, unit, lines) in zip(axes[0], panels, strict=True):
+        several = any(len(values) > 1 for values in lines.values())
         for name, values in lines.items():
-            if len(values) > 1:
+            if several:
                 style = {"stock": "k-", "floor": "k:"}.get(name.split(" (")[0], "-")
                 axis.plot(list(values), list(values.values()), style, marker="o", label=name)
             else:
                 axis.bar(name, next(iter(values.values())), color="0.4" if name in ("stock", "floor") else None)
         axis.set(title=title, ylabel=unit)
-        if all(len(values) > 1 for values in lines.values()):
+        if several:
             axis.set_xlabel(across)
             axis.legend()
             if "layers" in result:
@@ -41,6 +44,25 @@ def draw(result: dict[str, Any], output: Path) -> Path:
         else:
             axis.tick_params(axis="x", rotation=30)
         axis.grid(alpha=0.3)
+    picture = output.with_suffix(".png")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def _bars(kinds: dict[str, dict[str, float]], output: Path) -> Path:
+    """Stacked bars: where the time of each kind of call goes."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9.6, 0.6 * len(kinds) + 1.8), layout="constrained")
+    names, left = list(kinds), [0.0] * len(kinds)
+    for part in next(iter(kinds.values())):
+        values = [1000 * kinds[name][part] for name in names]
+        axis.barh(names, values, left=left, label=part, color="0.85" if part.startswith("rest") else None)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axis.invert_yaxis()
+    axis.set(xlabel="ms per UNet call")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     picture = output.with_suffix(".png")
     figure.savefig(picture, dpi=110)
     plt.close(figure)

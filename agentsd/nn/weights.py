@@ -1,0 +1,62 @@
+"""Weights trained with the authors' code."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# The authors' name → ours. Theirs carry axes of size 1 and put the agents of the second product last.
+KEYS = {
+    "an_bias": "b1.map",
+    "ah_bias": "b1.rows",
+    "aw_bias": "b1.columns",
+    "ac_bias": "b1.prefix",
+    "na_bias": "b2.map",
+    "ha_bias": "b2.rows",
+    "wa_bias": "b2.columns",
+    "ca_bias": "b2.prefix",
+}
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of the authors' Agent-DeiT, Agent-PVT and Agent-Swin code to those of `AgentAttention`.
+
+    | theirs | shape | ours | shape |
+    |---|---|---|---|
+    | `an_bias`, `na_bias` | H×n×7×7 | `b1.map`, `b2.map` | the same |
+    | `ah_bias` | 1×H×n×h×1 | `b1.rows` | H×n×h |
+    | `aw_bias` | 1×H×n×1×w | `b1.columns` | H×n×w |
+    | `ac_bias` | 1×H×n×1 | `b1.prefix` | H×n×1 |
+    | `ha_bias` | 1×H×h×1×n | `b2.rows` | H×n×h |
+    | `wa_bias` | 1×H×1×w×n | `b2.columns` | H×n×w |
+    | `ca_bias` | 1×H×1×n | `b2.prefix` | H×n×1 |
+    | `q`, `kv` (Agent-PVT) | C×C, 2C×C | `qkv` | 3C×C |
+    | `qkv`, `proj`, `dwc`, `sr`, `norm` | | the same | the same |
+
+    Args:
+        state_dict: of one attention module, or of a whole model: what belongs to no agent attention is left as it is.
+
+    Returns:
+        A new state dict.
+    """
+    converted = {}
+    for name, value in state_dict.items():
+        module, _, leaf = name.rpartition(".")
+        prefix = f"{module}." if module else ""
+        if leaf in KEYS:
+            heads, n = state_dict[prefix + "an_bias"].shape[:2]
+            if leaf in ("ha_bias", "wa_bias", "ca_bias"):
+                value = value.reshape(heads, -1, n).transpose(1, 2)
+            elif leaf in ("ah_bias", "aw_bias", "ac_bias"):
+                value = value.reshape(heads, n, -1)
+            converted[prefix + KEYS[leaf]] = value.contiguous()
+            continue
+        owner, _, part = module.rpartition(".")
+        prefix = f"{owner}." if owner else ""
+        if part in ("q", "kv") and prefix + "an_bias" in state_dict:
+            if part == "q":
+                both = [value, state_dict[f"{prefix}kv.{leaf}"]]
+                converted[f"{prefix}qkv.{leaf}"] = torch.cat(both)
+        else:
+            converted[name] = value
+    return converted

@@ -1,0 +1,69 @@
+"""How close accelerated images of the embedded model lie to the stock images of the same seeds, in dB PSNR.
+
+Usage: python scripts/check_closeness.py --prompts 12 --dtype bfloat16 --output benchmarks/results/cpu-closeness.json
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from tqdm.auto import tqdm
+
+import agentsd
+from agentsd import AgentSDConfig, pipelines
+from agentsd.benchmark import environment
+from agentsd.cli.comparison import psnr
+from agentsd.demo.accuracy import held_out_prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, one image each (default: 12)")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--preset", nargs="+", default=AgentSDConfig.presets(), help="default: all")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+
+    pipe = pipelines.load("demo", device="cpu", dtype=getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    prompts = held_out_prompts(args.prompts)
+
+    def draw(index: int) -> Image:
+        seed = torch.Generator().manual_seed(index)
+        call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "generator": seed}
+        image: Image = pipe(prompts[index], **call).images[0]
+        return image
+
+    decibels: dict[str, list[float]] = {preset: [] for preset in args.preset}
+    for index in tqdm(range(len(prompts)), unit="prompt"):
+        stock = draw(index)
+        for preset, values in decibels.items():
+            with agentsd.applied(pipe, preset):
+                values.append(psnr(draw(index), stock))
+    print("| preset | PSNR to the stock image, mean / worst, dB |\n|---|---|")
+    for preset, values in decibels.items():
+        print(f"| {preset} | {statistics.mean(values):.1f} / {min(values):.1f} |")
+    if args.output:
+        settings = {"prompts": args.prompts, "steps": args.steps, "guidance_scale": args.guidance_scale}
+        command = shlex.join(["python", "scripts/check_closeness.py", *sys.argv[1:]])
+        result = {
+            "command": command,
+            "environment": environment("cpu"),
+            **settings,
+            "dtype": args.dtype,
+            "psnr": decibels,
+        }
+        partial = args.output.with_name(args.output.name + ".part")
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()
