@@ -7,7 +7,7 @@ compared is its output before `to_out`, for every token.
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ VARIANTS = (
     "kv:stride=2",
     "kv:stride=4",
     "kv:stride=8",
+    "fast",
     "pooled:stride=4",
     "nystrom:stride=4",
     "skipped",
@@ -39,7 +40,7 @@ VARIANTS = (
 # name: the preset that it is short for, with these options before its own
 SHORT = {
     "merge": ("paper", "0/attention=merge,0/stride=2"),
-    "kv": ("fast", ""),
+    "kv": ("faithful", ""),
 }
 BASELINES = {"pooled": {"stride": 4}, "nystrom": {"stride": 4}, "skipped": {}}
 
@@ -174,7 +175,10 @@ def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str
 
 
 def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
-    """A UNet with a method at every level, and nothing after its self-attentions."""
+    """A UNet with a method at every level, however few its tokens, and nothing after its self-attentions.
+
+    A configuration that names what it does at each level is left as it is.
+    """
     own = copied(pipe)
     layers = find_layers(own.unet)
     options = {} if wanted is None else {key: value for key, value in wanted.settings.items() if key != "version"}
@@ -188,7 +192,12 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     else:
         levels = tuple(sorted({layer.level for layer in layers}))
         config = AgentSDConfig.from_dict(options)
-        phases = tuple(dataclasses.replace(phase, levels=levels) for phase in config.phases)
+        phases = tuple(
+            phase
+            if isinstance(phase.levels, Mapping)
+            else dataclasses.replace(phase, levels=levels, min_tokens=1)
+            for phase in config.phases
+        )
         apply(own, config.replace(phases=phases))
     for layer in layers:
         layer.block.attn1.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])

@@ -92,17 +92,22 @@ def missing(wanted: Sequence[Method]) -> dict[str, str]:
 
 
 def configuration(preset: str, options: dict[str, Any]) -> AgentSDConfig:
-    """A preset with fields replaced: of the configuration, of every phase, or with `0/field` of the first phase."""
+    """A preset with fields replaced: of the configuration, of every phase, or with `0/field` of the first phase.
+
+    A field of a phase is replaced at all of its levels.
+    """
     values = AgentSDConfig.from_preset(preset).to_dict()
     for key, value in options.items():
         number, slash, name = key.rpartition("/")
-        if not slash:
-            for scope in [values] if key in values else values["phases"]:
-                scope[key] = value
-        elif number.isdigit() and int(number) < len(values["phases"]):
-            values["phases"][int(number)][name] = value
-        else:
+        if not slash and key in values:
+            values[key] = value
+            continue
+        if slash and not (number.isdigit() and int(number) < len(values["phases"])):
             raise ValueError(f"{key} must name one of the phases 0 to {len(values['phases']) - 1}")
+        for phase in [values["phases"][int(number)]] if slash else values["phases"]:
+            for fields in phase["levels"].values() if isinstance(phase["levels"], dict) else ():
+                fields.pop(name, None)
+            phase[name] = value
     return AgentSDConfig.from_dict(values)
 
 
