@@ -322,7 +322,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if isinstance(layer, nn.BatchNorm2d):
                 layer.train()
         with torch.no_grad():
-            net(torch.randint(0, 256, (8, 3, 75, 75), dtype=torch.uint8))
+            net(torch.randint(0, 256, (4, 3, 75, 75), dtype=torch.uint8))
     file = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save(net.state_dict(), file)
     return file
@@ -330,12 +330,12 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders of eight pictures."""
+    """Two folders of four pictures."""
     found = []
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp("pictures")
         generator = torch.Generator().manual_seed(seed)
-        coarse = torch.randn(8, 3, 6, 6, generator=generator) * 50 + 110 + 20 * seed
+        coarse = torch.randn(4, 3, 6, 6, generator=generator) * 50 + 110 + 20 * seed
         smooth = torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic").clamp(0, 255).to(torch.uint8)
         for index, picture in enumerate(smooth):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
