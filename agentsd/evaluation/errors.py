@@ -193,9 +193,7 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
         levels = tuple(sorted({layer.level for layer in layers}))
         config = AgentSDConfig.from_dict(options)
         phases = tuple(
-            phase
-            if isinstance(phase.levels, Mapping)
-            else dataclasses.replace(phase, levels=levels, min_tokens=1)
+            phase if isinstance(phase.levels, Mapping) else dataclasses.replace(phase, levels=levels, min_tokens=1)
             for phase in config.phases
         )
         apply(own, config.replace(phases=phases))
