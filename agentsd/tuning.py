@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,7 +214,7 @@ def squared_error(out: Tensor, stock: Tensor) -> float:
 @contextmanager
 def _instead(unet: Any, noises: Sequence[Tensor]) -> Iterator[None]:
     """Context in which the first calls return what is known already."""
-    inner, known = unet.forward, iter(noises)
+    inner, own, known = unet.forward, vars(unet).get("forward"), iter(noises)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         noise = next(known, None)
@@ -224,7 +224,9 @@ def _instead(unet: Any, noises: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        unet.forward = inner
+        del unet.forward
+        if own is not None:
+            unet.forward = own
 
 
 class Tuner:
@@ -311,16 +313,19 @@ class Tuner:
 
     def timed(self, function: Callable[[], Any]) -> tuple[Any, float]:
         """A result and the seconds that it took."""
-        self.wait()
-        began = time.perf_counter()
+        began = self.now()
         result = function()
-        self.wait()
-        return result, time.perf_counter() - began
+        return result, self.now() - began
 
-    def wait(self) -> None:
-        """Until the device has done what it was told."""
-        if self.pipe.unet.device.type == "cuda":
+    def now(self) -> float:
+        """The time in seconds, when the device has done what it was told.
+
+        On one thread of a CPU, the time that the process has computed: it stands still while other processes do.
+        """
+        kind = self.pipe.unet.device.type
+        if kind == "cuda":
             torch.cuda.synchronize()
+        return time.process_time() if kind == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
     def draw(self, prompt: int) -> tuple[Any, float]:
         """An image and the seconds that it took."""
@@ -336,12 +341,10 @@ class Tuner:
             run = self.runs[prompt] = Trajectory()
 
             def before(*_: Any) -> None:
-                self.wait()
-                run.inside -= time.perf_counter()
+                run.inside -= self.now()
 
             def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-                self.wait()
-                run.inside += time.perf_counter()
+                run.inside += self.now()
                 run.calls.append(Call(args, kwargs, out[0].clone()))
 
             unet = self.pipe.unet
@@ -442,58 +445,73 @@ class Tuner:
                 errors[name].append(self.compute(call, config, held)[1])
         return errors
 
-    def probe(self, kind: str, part: int, prompt: int) -> float:
-        """Mean squared error of the image where a part has its strongest attention settings, or step reuse.
+    def probe(self, part: int, what: str | int, prompt: int) -> float:
+        """Mean squared error of the image where a part has one change alone.
 
         Calls before the part are not computed: they are stock on stock inputs.
         """
         run = self.run(prompt)
         known = [call.noise for call in run.calls[: self.parts[part][0]]]
-        with applied(self.pipe, self.config(self.probing(kind, part))), _instead(self.pipe.unet, known):
+        config = self.config([(part, what, self.probing(part, what))])
+        with applied(self.pipe, config), _instead(self.pipe.unet, known):
             image, _ = self.draw(prompt)
         return float(np.square(image - run.image, dtype=np.float64).mean())
 
-    def probing(self, kind: str, part: int) -> tuple[tuple[int, str | int, str], ...]:
-        """The choice whose image tells how much errors of a part matter."""
-        if kind == "reuse":
-            return ((part, "reuse", next(name for name, (_, k, s) in self.reuses.items() if k == 2 and s)),)
-        return tuple((part, level, names[-1]) for level, names in self.settings.items())
+    def probing(self, part: int, what: str | int) -> str:
+        """The change whose image tells how much errors matter: the strongest at a level; the first reuse that acts."""
+        if isinstance(what, int):
+            return self.settings[what][-1]
+        acting = (
+            name
+            for name, (_, interval, share) in self.reuses.items()
+            if len(whole_steps(len(self.parts[part]), interval, share)) < len(self.parts[part])
+        )
+        return next(acting, next(iter(self.reuses)))
 
     def tables(self) -> list[list[list[list[Point]]]]:
         """Everything measured, as `search` takes it: times in stock calls, errors as squared errors of the image."""
         get = self.measurements.get
-        images = len(self.parts) * len(self.measured) * (bool(self.settings) + bool(self.modules))
-        self.measurements.bar.total += self.repeats * len(self.parts) + len(self.measured) * bool(self.modules) + images
+        changes: list[str | int] = [*self.settings, *(["reuse"] if self.modules else [])]
+        passes = len(self.measured) * (bool(self.modules) + len(self.parts) * len(changes))
+        self.measurements.bar.total += self.repeats * len(self.parts) + passes
         rounds = [
             [get(f"calls, part {p}, turn {t}", lambda p=p, t=t: self.round(p, t)) for t in range(self.repeats)]
             for p in range(len(self.parts))
         ]
-        passes = [get(f"reuse, prompt {i}", lambda i=i: self.reuse(i)) for i in self.measured if self.modules]
+        reuses = [get(f"reuse, prompt {i}", lambda i=i: self.reuse(i)) for i in self.measured if self.modules]
         every = [turn for part in rounds for turn in part]
         times = {name: statistics.median(turn[name][0] / turn["stock"][0] for turn in every) for name in every[0]}
         tables = []
         for part, calls in enumerate(self.parts):
             errors = {
                 **{name: statistics.mean(turn[name][1] for turn in rounds[part]) for name in times},
-                **{r: statistics.mean(errors[r][i] for errors in passes for i in calls) for r in self.reuses},
+                **{r: statistics.mean(errors[r][i] for errors in reuses for i in calls) for r in self.reuses},
             }
-            weight = {}
-            for kind in [*(["attention"] if self.settings else []), *(["reuse"] if self.modules else [])]:
-                values = [
-                    get(f"image, {kind} in part {part}, prompt {i}", lambda k=kind, p=part, i=i: self.probe(k, p, i))
+            weight: dict[str | int, float] = {}
+            for what in changes:
+                squares = [
+                    get(f"image, part {part}, {what}, prompt {i}", lambda p=part, w=what, i=i: self.probe(p, w, i))
                     for i in self.measured
                 ]
-                noise = sum(errors[str(n) if w == "reuse" else f"{w}: {n}"] for _, w, n in self.probing(kind, part))
-                weight[kind] = statistics.mean(values) / noise
+                name = self.probing(part, what)
+                noise = errors[name if what == "reuse" else f"{what}: {name}"]
+                # A part of one or two calls may be too short for any reuse.
+                weight[what] = statistics.mean(squares) / noise if noise and any(squares) else 1.0
             tables.append([self.groups(part, name, times, errors, weight) for name in [None, *self.reuses]])
         return tables
 
+    @cached_property
     def front(self) -> list[Point]:
         """All combinations that are predicted to be beaten by no other, fastest first."""
         return search(self.tables())
 
     def groups(
-        self, part: int, name: str | None, times: dict[str, float], errors: dict[str, float], weight: dict[str, float]
+        self,
+        part: int,
+        name: str | None,
+        times: dict[str, float],
+        errors: dict[str, float],
+        weight: dict[str | int, float],
     ) -> list[list[Point]]:
         """What a part costs with one form of step reuse (None: without), and what each level adds."""
         calls = self.parts[part]
@@ -511,7 +529,7 @@ class Tuner:
                 more = whole * (times[f"{level}: {setting}"] - 1)
                 if cut and level == min(self.settings):
                     more += (len(calls) - whole) * (times[f"{cut}, reused: {setting}"] - times[f"{cut}, reused: stock"])
-                error = weight["attention"] * errors[f"{level}: {setting}"]
+                error = weight[level] * errors[f"{level}: {setting}"]
                 options.append(Point(more, error, ((part, level, setting),)))
             groups.append(options)
         return groups
@@ -560,7 +578,7 @@ class Tuner:
             ValueError: no configuration reaches the target; the message says what the best reaches.
         """
         ladder: list[Point] = []
-        for point in self.front():
+        for point in self.front:
             if not ladder or self.speedup(point) < 0.98 * self.speedup(ladder[-1]):
                 ladder.append(point)
         predicted = [(self.speedup(point), math.sqrt(point.error)) for point in ladder]

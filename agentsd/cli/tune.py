@@ -118,6 +118,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _tune(args: argparse.Namespace, command: str) -> None:
+    import agentsd
     from agentsd import AgentSDConfig, pipelines
     from agentsd.benchmark import environment
     from agentsd.tuning import Measurements, Tuner, Verified, write_config
@@ -129,11 +130,12 @@ def _tune(args: argparse.Namespace, command: str) -> None:
     if guidance is None:
         guidance = 4.0 if args.model == "demo" else 7.5
     call = {"num_inference_steps": args.steps, "guidance_scale": guidance, "height": args.height, "width": args.width}
-    about = {key: value for key, value in environment(str(device)).items() if key not in ("date", "commit", "driver")}
+    about = {key: environment(str(device))[key] for key in ("device", "threads", "torch", "diffusers")}
     settings = {
         "model": args.model,
         "dtype": str(dtype).removeprefix("torch."),
         **about,
+        "agentsd": agentsd.__version__,
         "prompts": prompts,
         "call": call,
         "repeats": args.repeats,
@@ -151,7 +153,7 @@ def _tune(args: argparse.Namespace, command: str) -> None:
     target = {"speedup": args.target_speedup, "error": args.max_error}
     result = {
         "target": target,
-        "front": [[tuner.speedup(point), point.error**0.5, point.choice] for point in tuner.front()],
+        "front": [[tuner.speedup(point), point.error**0.5, point.choice] for point in tuner.front],
         "verified": [one.to_dict() for one in (*verified, *compared)],
         "chosen": best.name,
     }
@@ -163,7 +165,7 @@ def _tune(args: argparse.Namespace, command: str) -> None:
         best.config,
         args.output,
         [
-            f"Found by agentsd {about['agentsd']}: {command}" if "agentsd" in about else f"Found by: {command}",
+            f"Found by agentsd {agentsd.__version__}: {command}",
             f"model {args.model}, {settings['dtype']}, {args.steps} steps, {len(prompts)} prompts, {machine}",
             f"predicted: {faster:.2f} times as fast as stock, error {error:.4f}",
             f"measured: {_figures(best)}",
