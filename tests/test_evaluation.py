@@ -236,7 +236,7 @@ def test_methods_are_what_they_say(tiny_pipeline: Any) -> None:
             method(text)
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", [*METHODS, "turbo"])
 def test_what_a_method_draws_depends_on_its_arguments_alone(text: str, tiny_pipeline: Any) -> None:
     tiny_pipeline.set_progress_bar_config(disable=True)
     before = {name: value.clone() for name, value in tiny_pipeline.unet.state_dict().items()}

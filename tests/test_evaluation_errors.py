@@ -39,7 +39,7 @@ def test_every_layer_meets_the_inputs_of_a_stock_run(tiny_pipeline: Any, call: C
     layers = find_layers(tiny_pipeline.unet)
     inputs = errors._inputs(tiny_pipeline.unet, layers, call)
     peers = [text for text in ("tomesd",) if not errors.missing([variant(text)])]
-    for text in (None, "pooled:stride=2", "kv:stride=2", *peers, "skipped"):
+    for text in (None, "pooled:stride=2", "kv:stride=2", "turbo", *peers, "skipped"):
         unet = errors._everywhere(tiny_pipeline, text and variant(text))
         found = errors._outputs(unet, call, inputs)
         assert set(found) == {layer.name for layer in layers}
