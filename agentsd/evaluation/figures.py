@@ -17,6 +17,7 @@ COLOURS = {
     "faithful": "#2ca05a",
     "fast": "#12a8a8",
     "turbo": "#7b61d9",
+    "hires": "#8a8f2a",
     "deepcache": "#a05bc8",
     "tgate": "#c2556b",
 }
