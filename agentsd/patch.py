@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.merging import destinations, step_key
 from agentsd.processor import AgentSDProcessor, Block, Plan, obstacle
+from agentsd.reuse import Reuse
 from agentsd.schedule import Clock, phase_at, progress
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ class Patch:
         self.handles: list[RemovableHandle] = []
         self.wrap_all()
         self.handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
+        self.reuse: Reuse | None = None
+        if config.reuses and hasattr(model, "up_blocks"):
+            self.reuse = Reuse(model, block_levels(model), config, self.parts, self.blocks)
+            self.handles.append(model.register_forward_hook(partial(torch.compiler.disable(Reuse.end), self.reuse)))
 
     def on_levels(self, phase: Phase) -> dict[int, Phase]:
         """The levels of this model that a phase covers, and what it is there."""
@@ -192,6 +197,8 @@ class Patch:
         """Forward pre-hook of the model: decide what each level does in this call."""
         self.plans.clear()
         if not self.enabled:
+            if self.reuse:
+                self.reuse.forget()
             return
         self.wrap_all()
         sample: Tensor = args[0] if args else kwargs["sample"]
@@ -208,10 +215,15 @@ class Patch:
             if part.acts and part.pays_on(grid):
                 places = destinations(grid, part.cell_on(grid), key, sample.device)
                 self.plans[level] = Plan(part, self.config.ratio_of(part), grid, places)
+        if self.reuse:
+            text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+            self.reuse.begin(phase, timestep, steps, self.clock, sample, text)
 
     def remove(self) -> None:
         """Give every layer its processor back and take the hooks off."""
         self.plans.clear()
+        if self.reuse:
+            self.reuse.remove()
         for handle in self.handles:
             handle.remove()
         for layer in self.covered:
