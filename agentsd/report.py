@@ -24,6 +24,7 @@ class LayerReport:
         phases: what each phase does here.
         channels: width of the attention.
         note: why the layer is left alone, if it is although the configuration covers it.
+        refined: whether `refine` has a refinement of its agent attention.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LayerReport:
     phases: tuple[Counts, ...]
     channels: int
     note: str = ""
+    refined: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Report:
             cells = (
                 [f"left alone: {row.note}"] * len(row.phases)
                 if row.note
-                else [_words(what, row.tokens) for what in row.phases]
+                else [_words(what, row) for what in row.phases]
             )
             grid = f"{row.grid[0]}×{row.grid[1]}"
             table.append([row.name, str(row.level), grid, str(row.tokens), *cells, f"{self.saved(row):.0%}"])
@@ -82,9 +84,9 @@ class Report:
         return "\n".join(lines)
 
 
-def _words(what: Counts, tokens: int) -> str:
+def _words(what: Counts, row: LayerReport) -> str:
     words = {
-        "agent": f"agent: {what.queries} tokens, {what.agents} agents",
+        "agent": f"agent: {what.queries} tokens, {what.agents} agents{', refined' if row.refined else ''}",
         "merge": f"merge: {what.queries} tokens",
         "kv": f"kv: {what.keys} agents",
         "stock": "stock: too few tokens to pay" if what.few else "stock",
@@ -103,7 +105,9 @@ def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None
         counts(phase, patch.config.ratio_of(phase), grid) if patch and phase and not note else counts(_STOCK, 0.0, grid)
         for phase in phases
     )
-    return LayerReport(f"{prefix}.{layer.name}", layer.level, grid, grid[0] * grid[1], done, attn.inner_dim, note)
+    name, tokens = f"{prefix}.{layer.name}", grid[0] * grid[1]
+    refined = patch is not None and layer.name in patch.refinements
+    return LayerReport(name, layer.level, grid, tokens, done, attn.inner_dim, note, refined)
 
 
 def _sample_size(net: nn.Module) -> tuple[int, int]:

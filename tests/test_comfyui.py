@@ -202,6 +202,10 @@ def test_what_cannot_be_done_is_said(model: ModelPatcher, node: Callable[..., An
         attach(model, AgentSDConfig(phases=(Phase(levels=(7,)),)))
     with pytest.raises(ValueError, match="merge_mlp is true"):
         attach(model, AgentSDConfig(phases=(Phase(merge_mlp=True),)))
+    for reuse in (AgentSDConfig.from_preset("turbo"), AgentSDConfig(cross_reuse_from=0.5)):
+        with pytest.raises(ValueError, match="is for diffusers only"):
+            attach(model, reuse)
+    assert "turbo" not in ldm.presets()
     with pytest.raises(ValueError, match=r"ratio is 0\.8; with stride 2"):
         node(model, preset="custom", ratio=0.8)
 

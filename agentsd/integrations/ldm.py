@@ -61,6 +61,11 @@ def find_layers(unet: Any) -> list[Layer]:
     return layers
 
 
+def presets() -> tuple[str, ...]:
+    """Names of the presets that these hosts have hooks for: those that keep nothing from one call to the next."""
+    return tuple(name for name in AgentSDConfig.presets() if not AgentSDConfig.from_preset(name).reuses)
+
+
 class Planner:
     """What each level of a model does at each timestep.
 
@@ -73,6 +78,9 @@ class Planner:
     """
 
     def __init__(self, config: AgentSDConfig, levels: Iterable[int]) -> None:
+        if config.reuses or config.refine:
+            field = "refine" if config.refine else "reuse_interval, match_interval or cross_reuse_from"
+            raise ValueError(f"{field} is set; it is for diffusers only and must be left out here")
         present = sorted(set(levels))
         self.config = config
         self.parts: dict[Phase, dict[int, Phase]] = {}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from agentsd.config import ATTENTIONS, AgentSDConfig, Phase
-from agentsd.integrations.ldm import attach
+from agentsd.integrations.ldm import attach, presets
 
 CUSTOM = "custom"
 
@@ -33,7 +33,7 @@ KNOBS = (
         "COMBO",
         "paper: AgentSD as published, changes the image most. faithful: stays closest to the image without it. "
         "fast: fewest agents. custom: what the knobs below say; they play no part in the other presets.",
-        {"options": (*AgentSDConfig.presets(), CUSTOM), "default": "paper"},
+        {"options": (*presets(), CUSTOM), "default": "paper"},
     ),
     Knob(
         "ratio",

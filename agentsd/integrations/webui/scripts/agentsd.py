@@ -48,7 +48,7 @@ class AgentSDScript(scripts.Script):
         with gr.Accordion("AgentSD", open=False):
             enabled = gr.Checkbox(False, label="Enable", info="Cheaper self-attention in SD 1.x, 2.x and XL.")
             preset = gr.Dropdown(
-                list(AgentSDConfig.presets()),
+                list(ldm.presets()),
                 value="paper",
                 label="Preset",
                 info="paper: as published, changes the image most. faithful: stays closest to the image without it. "
