@@ -156,7 +156,10 @@ def _inputs(unet: nn.Module, layers: Sequence[Layer], call: Call) -> dict[str, T
 
 
 def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the attention of each layer makes of given inputs of its block."""
+    """What the attention of each layer makes of given inputs of its block, for every token.
+
+    Where a method restores the merged tokens only after the attention, it is what the block adds to its input.
+    """
     found: dict[str, Tensor] = {}
     handles = []
     for layer in find_layers(unet):
@@ -167,7 +170,12 @@ def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str
         def note(_: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = layer.name) -> None:
             found[name] = out.clone()
 
+        def added(_: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
+            if found[name].shape != args[0].shape:
+                found[name] = args[0] - inputs[name]
+
         handles += [layer.block.register_forward_pre_hook(force), layer.block.attn1.register_forward_hook(note)]
+        handles.append(layer.block.norm2.register_forward_pre_hook(added))
     unet(call.sample, call.timestep, encoder_hidden_states=call.text)
     for handle in handles:
         handle.remove()
@@ -177,7 +185,7 @@ def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str
 def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     """A UNet with a method at every level, however few its tokens, and nothing after its self-attentions.
 
-    A configuration that names what it does at each level is left as it is.
+    A configuration that names what it does at each level is not put on others. Nothing is kept from call to call.
     """
     own = copied(pipe)
     layers = find_layers(own.unet)
@@ -192,11 +200,14 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     else:
         levels = tuple(sorted({layer.level for layer in layers}))
         config = AgentSDConfig.from_dict(options)
-        phases = tuple(
-            phase if isinstance(phase.levels, Mapping) else dataclasses.replace(phase, levels=levels, min_tokens=1)
-            for phase in config.phases
-        )
-        apply(own, config.replace(phases=phases))
+        phases = []
+        for phase in config.phases:
+            fresh: dict[str, Any] = {"match_interval": 1}
+            everywhere: dict[str, Any] = {"levels": levels, "min_tokens": 1}
+            if isinstance(phase.levels, Mapping):
+                everywhere = {"levels": {level: {**given, **fresh} for level, given in phase.levels.items()}}
+            phases.append(dataclasses.replace(phase, **everywhere, **fresh, reuse_interval=1))
+        apply(own, config.replace(phases=tuple(phases), cross_reuse_from=None))
     for layer in layers:
         layer.block.attn1.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     unet: nn.Module = own.unet

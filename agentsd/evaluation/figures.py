@@ -16,6 +16,7 @@ COLOURS = {
     "paper": "#3b7dd8",
     "faithful": "#2ca05a",
     "fast": "#12a8a8",
+    "turbo": "#7b61d9",
     "deepcache": "#a05bc8",
     "tgate": "#c2556b",
 }
