@@ -86,7 +86,7 @@ KNOBS = (
     Knob(
         "k_scale2",
         "FLOAT",
-        "Custom, agent: how evenly a token listens to all agents. Small: evenly and smoother; 1: as sharply as usual.",
+        "Custom, agent: how evenly a token listens to the agents. Small: to few, sharply; 1: as in usual attention.",
         {"default": 0.3, "min": 0.0, "max": 2.0, "step": 0.05},
     ),
     Knob(
