@@ -27,6 +27,7 @@ HEAVY = (
     "agentsd.cli",
     "agentsd.demo",
     "agentsd.pipelines",
+    "agentsd.view",
     "diffusers.pipelines",
     "gradio",
     "matplotlib",
