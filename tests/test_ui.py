@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -216,3 +217,138 @@ def test_the_configuration_tells_no_path_and_no_unlisted_model(address: str, tin
     config = json.loads(text)
     dropdown = next(part["props"] for part in config["components"] if part["props"].get("elem_id") == "model")
     assert [name for name, _ in dropdown["choices"]] == ["tiny", "demo"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """The page in a window of its own, and what went over the wire."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280, scheme: str = "light") -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.hosts: set[str] = set()
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.hosts.add(urllib.parse.urlsplit(request.url).netloc))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("response", lambda answer: answer.status >= 400 and self.complaints.append(answer.url))
+        self.page.on("console", lambda said: said.type == "error" and self.complaints.append(said.text))
+        self.page.goto(address)
+        self.page.wait_for_selector("#generate")
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.context.close()
+
+    def generate(self, expect: str, **fields: str) -> str:
+        """Fill fields in, ask for images and wait until the status says what is expected."""
+        for name, value in fields.items():
+            self.page.fill(f"#{name} textarea, #{name} input[type=number]", value)
+        self.page.click("#generate")
+        return self.status(expect)
+
+    def status(self, expect: str) -> str:
+        self.page.wait_for_selector(f"#status :text('{expect}')")
+        return str(self.page.inner_text("#status"))
+
+    def overflow(self) -> int:
+        """How many pixels the page is wider than its window."""
+        script = "document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
+        return int(self.page.evaluate(script))
+
+    def brightness(self) -> float:
+        """Of the page's background, 0 to 255."""
+        style = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(float, re.findall(r"[\d.]+", style)[:3])) / 3
+
+
+def test_a_visitor_draws_compares_and_copies(browser: Any, address: str, folder: Path) -> None:
+    with Visit(browser, address) as visit:
+        page = visit.page
+        visit.generate("Done", prompt="a red circle", steps="3", seed="5")
+        numbers = re.search(r"Stock ([\d.]+) s, accelerated ([\d.]+) s: ([\d.]+)×", page.inner_text("#numbers"))
+        assert numbers
+        before, after, speed = map(float, numbers.groups())
+        assert min(before, after) >= 0
+        assert speed > 0
+        pictures = [page.get_attribute(f"#slider img >> nth={index}", "src") for index in (0, 1)]
+        files = sorted({urllib.parse.unquote(str(url)).split("file=")[1] for url in pictures})
+        assert all(Path(file).is_relative_to(folder) for file in files)
+        assert len(files) == 2
+
+        handle = page.locator("#slider .outer")
+        box, start = handle.bounding_box(), handle.get_attribute("style")
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] - 80, box["y"] + box["height"] / 2, steps=4)
+        page.mouse.up()
+        assert handle.bounding_box()["x"] < box["x"] - 40
+        assert handle.get_attribute("style") != start
+
+        parameters = page.input_value("#parameters textarea")
+        assert parameters.startswith("a red circle\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 5, Size: 64x64")
+        newest = max(folder.glob("*-accelerated.png"), key=lambda path: path.stat().st_mtime_ns)
+        with Image.open(newest) as image:
+            assert image.info["parameters"] == parameters
+        page.click("text=What is done in which layer")
+        table = page.inner_text("#layers table")
+        assert "down_blocks.0.attentions.0" in table
+        assert "16×16" in table
+        assert page.locator("#layers tbody tr").count() == 7
+        assert page.locator("#gallery img").count() == 2
+        visit.generate("Done", seed="6")
+        page.wait_for_function("document.querySelectorAll('#gallery img').length == 4")
+
+        shown = visit.generate("Steps is 999", steps="999")
+        assert shown.strip() == "Steps is 999; it must be a whole number from 1 to 400."
+        assert visit.generate("empty", prompt="  ", steps="2").strip() == "The prompt is empty: it says what to draw."
+
+        page.fill("#prompt textarea", "a blue ring")
+        page.fill("#steps input", "400")
+        page.click("#generate")
+        page.wait_for_selector("#status progress[value]")
+        page.click("#cancel")
+        visit.status("Cancelled.")
+        files_before = sorted(folder.glob("*.png"))
+        visit.generate("Done", steps="1")
+        assert len(sorted(folder.glob("*.png"))) == len(files_before) + 2, "the cancelled run wrote nothing"
+        assert visit.hosts == {urllib.parse.urlsplit(address).netloc}
+        assert visit.complaints == []
+    with Visit(browser, address) as another:
+        assert another.page.locator("#gallery img").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_narrow_and_wide_light_and_dark(browser: Any, address: str, width: int, scheme: str) -> None:
+    with Visit(browser, address, width, scheme) as visit:
+        visit.generate("Done", prompt="a red circle", steps="1")
+        visit.page.click("text=What is done in which layer")
+        visit.page.wait_for_selector("#layers table")
+        assert visit.overflow() <= 0
+        assert (visit.brightness() > 200) == (scheme == "light")
+        if folder := os.environ.get("AGENTSD_SCREENSHOTS"):
+            visit.page.screenshot(path=f"{folder}/ui-{width}-{scheme}.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_draws_on_the_page(browser: Any, address: str) -> None:
+    with Visit(browser, address) as visit:
+        visit.page.click("#model input")
+        visit.page.click("[role=option]:has-text('demo')")
+        visit.page.wait_for_function("document.querySelector('#steps input').value == '25'")
+        assert "not know: unicorn" in visit.generate("Done", prompt="a red unicorn", steps="2")
+        assert "Size: 256x256" in visit.page.input_value("#parameters textarea")

@@ -156,7 +156,13 @@ def build(studio: Studio) -> gr.Blocks:
                     elem_id="parameters",
                 )
         pictures = gr.Gallery(
-            label="Images of this session", columns=6, height="auto", interactive=False, elem_id="gallery"
+            label="Images of this session",
+            columns=6,
+            fit_columns=False,
+            height="auto",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_id="gallery",
         )
         kept = gr.State([])
 
