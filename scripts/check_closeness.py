@@ -10,6 +10,7 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, one image each (default: 12)")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
         "--method",
@@ -44,7 +46,9 @@ def main() -> None:
 
     def draw(text: str, index: int) -> Image:
         seed = torch.Generator().manual_seed(index)
-        call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "generator": seed}
+        call: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "generator": seed}
+        if args.size:
+            call |= {"height": args.size, "width": args.size}
         image: Image = drawers[text](prompts[index], **call).images[0]
         return image
 
@@ -58,6 +62,8 @@ def main() -> None:
         print(f"| {text} | {statistics.mean(values):.1f} / {min(values):.1f} |")
     if args.output:
         settings = {"prompts": args.prompts, "steps": args.steps, "guidance_scale": args.guidance_scale}
+        if args.size:
+            settings["size"] = args.size
         command = shlex.join(["python", "scripts/check_closeness.py", *sys.argv[1:]])
         result = {
             "command": command,
