@@ -216,6 +216,8 @@ def test_custom_knobs_make_the_published_configuration(model: ModelPatcher, node
         assert torch.equal(
             sample(node(model, preset="custom"), x, sigma, context), sample(node(model), x, sigma, context)
         )
+    stock = node(model, preset="custom", first_attention="stock", second_attention="stock")
+    assert torch.equal(sample(stock, x, 9.0, context), sample(model, x, 9.0, context))
     kv = node(model, preset="custom", first_until=1.0, first_attention="kv", first_stride=2)
     assert torch.equal(sample(kv, x, 9.0, context), sample(node(model, preset="faithful"), x, 9.0, context))
     wider = node(model, preset="custom", first_until=1.0, first_attention="kv", first_stride=2, levels=2)

@@ -92,7 +92,7 @@ class Planner:
             if any(getattr(part, name) for _, part in parts):
                 raise ValueError(f"{name} is true; there is no hook for it here, it must be false")
         self.covered = {level for level, part in parts if part.acts and level in present}
-        if not self.covered:
+        if not self.covered and any(part.acts for _, part in parts):
             wanted = sorted({level for level, _ in parts})
             raise ValueError(f"levels is {wanted}; the model has self-attention at levels {present}")
         # A function of its arguments alone: the layers of a step, conditional or not, ask for the same few.

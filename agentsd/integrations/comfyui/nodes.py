@@ -32,7 +32,8 @@ KNOBS = (
         "preset",
         "COMBO",
         "paper: AgentSD as published, changes the image most. faithful: stays closest to the image without it. "
-        "fast: fewest agents. custom: what the knobs below say; they play no part in the other presets.",
+        "fast: fewest agents. hires: for 1024×1024 and more. custom: what the knobs below say; they play no part "
+        "in the other presets.",
         {"options": (*presets(), CUSTOM), "default": "paper"},
     ),
     Knob(

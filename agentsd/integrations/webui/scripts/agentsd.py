@@ -52,7 +52,7 @@ class AgentSDScript(scripts.Script):
                 value="paper",
                 label="Preset",
                 info="paper: as published, changes the image most. faithful: stays closest to the image without it. "
-                "fast: fewest agents.",
+                "fast: fewest agents. hires: for 1024×1024 and more.",
             )
             ratio = gr.Slider(
                 0.0,
