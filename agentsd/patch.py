@@ -119,7 +119,7 @@ class Patch:
             raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")
         self.refinements = self.read_refinements()
         self.reuse: Reuse | None = None
-        if config.reuses and hasattr(model, "up_blocks"):
+        if config.reuses:
             self.reuse = Reuse(model, block_levels(model), config, self.parts, self.blocks)
         # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
         # partial is copied with the model.

@@ -152,7 +152,7 @@ def _reuse(reuse: Reuse | None) -> Iterator[str]:
         return
     start = 0.0
     for phase in reuse.config.phases:
-        if phase.reuse_interval > 1:
+        if phase in reuse.cuts:
             layers = reuse.cuts[phase]
             yield (
                 f"{start:g}–{phase.until:g}: one UNet call in {phase.reuse_interval} is whole; the others compute the "

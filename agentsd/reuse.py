@@ -128,9 +128,11 @@ class Reuse:
         self.spots: list[Spot] = []
         self.cuts: dict[Phase, int] = {}
         self.rest()
-        if any(phase.reuse_interval > 1 for phase in config.phases):
+        # A ControlNet has no up side: it is computed whole, and may keep groups.
+        unet = hasattr(model, "up_blocks")
+        if unet and any(phase.reuse_interval > 1 for phase in config.phases):
             self.place(model, levels)
-        if config.cross_reuse_from is not None:
+        if unet and config.cross_reuse_from is not None:
             for name, module in model.named_modules():
                 if name.endswith(".attn2"):
                     self.spots.append(Cross(self, module, 0, name))
@@ -147,11 +149,11 @@ class Reuse:
             )
         outermost = [len(block.resnets) for block in reversed(model.up_blocks)]  # type: ignore[operator, arg-type]
         depths = [levels[f"up_blocks.{index}"] for index in reversed(range(len(outermost)))]
-        for phase in self.config.phases:
-            total, deepest = sum(outermost) - 1, max(depths) - 1
-            if phase.reuse_interval > 1 and phase.reuse_layers is not None and phase.reuse_layers > total:
+        total, deepest = sum(outermost) - 1, max(depths) - 1
+        for phase in (phase for phase in self.config.phases if phase.reuse_interval > 1):
+            if phase.reuse_layers is not None and phase.reuse_layers > total:
                 raise ValueError(f"reuse_layers is {phase.reuse_layers}; for this {kind} it must be at most {total}")
-            if phase.reuse_interval > 1 and phase.reuse_layers is None and phase.reuse_depth > deepest:
+            if phase.reuse_layers is None and phase.reuse_depth > deepest:
                 raise ValueError(f"reuse_depth is {phase.reuse_depth}; for this {kind} it must be at most {deepest}")
             whole_levels = sum(n for n, level in zip(outermost, depths, strict=True) if level <= phase.reuse_depth)
             self.cuts[phase] = phase.reuse_layers or whole_levels
@@ -175,8 +177,7 @@ class Reuse:
             attentions = getattr(block, "attentions", [None] * len(block.resnets))
             for resnet, attention in reversed(list(zip(block.resnets, attentions, strict=True))):
                 number += 1
-                last = attention is None
-                self.spots.append(Layer(self, resnet, number, edge=last))
+                self.spots.append(Layer(self, resnet, number, edge=attention is None))
                 if attention is not None:
                     self.spots.append(LayerAttention(self, attention, number, edge=True))
 
@@ -235,9 +236,9 @@ class Reuse:
         else:
             lane.step += 1
         whole = True
-        if phase.reuse_interval > 1:
+        if phase in self.cuts:
             self.keep = self.cuts[phase]
-            enough = len(lane.features) == (2 if phase.extrapolate else 1)
+            enough = len(lane.features) >= (2 if phase.extrapolate else 1)
             since = lane.calls - lane.features[-1][0] if lane.features else 0
             due = lane.step in lane.whole if lane.whole is not None else since >= phase.reuse_interval
             whole = due or not enough
@@ -288,7 +289,7 @@ class Reuse:
         """The features now, from those of the last whole calls."""
         if not share:
             return lane.features[-1][1]
-        (before, F0), (after, F1) = lane.features
+        (before, F0), (after, F1) = lane.features[-2:]
         return torch.lerp(F1, F0, -share * (lane.calls - after) / (after - before))
 
     def end(self, *_: Any) -> None:

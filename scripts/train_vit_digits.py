@@ -228,9 +228,8 @@ def main() -> None:
                 write(json.dumps(result, indent=1) + "\n", args.output)
     plot(result, args.output.with_suffix(".png"))
     if args.document.exists():
-        text = args.document.read_text(encoding="utf-8")
-        before, after = text.split(START)[0], text.split(END)[1]
-        write(f"{before}{START}\n\n{table(result)}\n{END}{after}", args.document)
+        before, rest = args.document.read_text(encoding="utf-8").split(START)
+        write(f"{before}{START}\n\n{table(result)}\n{END}{rest.split(END, 1)[1]}", args.document)
     print(table(result))
 
 

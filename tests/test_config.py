@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentsd import AgentSDConfig, Phase
@@ -35,6 +35,7 @@ def phases() -> st.SearchStrategy[Phase]:
     )
 
 
+@settings(deadline=None)
 @given(phases(), st.floats(0, 0.75), st.booleans(), st.integers(0, 2**64 - 1), st.none() | st.just(Path("re fine.st")))
 def test_yaml_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, phase: Phase, ratio: float, rand: bool, seed: int, refine: Path | None

@@ -126,6 +126,19 @@ def test_zero_changes_nothing(tiny_unet: Callable[..., Any], phase: Phase) -> No
     torch.testing.assert_close(called(attn, x, y, phase, 0.4, Refinement(attn.heads, 16)), plain)
 
 
+def test_half_precision(tiny_unet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fused kernel and with the blocks of matrix products that some CPUs take."""
+    attn, refinement = layer_of(tiny_unet()).double(), random_refinement(2, 16)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 48, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        exact = called(attn, x, y, Phase(stride=2), 0.4, refinement)
+        for faster in (False, True):
+            monkeypatch.setattr("agentsd.attention._PRODUCTS_ARE_FASTER", faster)
+            out = called(attn.bfloat16(), x, y.bfloat16(), Phase(stride=2), 0.4, refinement).double()
+            assert (out - exact).norm() < 0.03 * exact.norm()
+
+
 def layers_of(unet: Any) -> list[str]:
     with agentsd.applied(unet, CONFIG):
         return [layer.name for layer in patch_of(unet).covered]

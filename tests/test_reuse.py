@@ -148,7 +148,7 @@ def test_every_family_draws_what_stock_draws_with_features_put_in_by_hand(name: 
     ):
         if "reuse_layers" in fields and hasattr(pipe.unet.up_blocks[last], "attentions"):
             module = f"up_blocks.{last}.attentions.0"
-        agentsd.apply(pipe, only(reuse_interval=2, **fields), controlnet=False)
+        agentsd.apply(pipe, only(reuse_interval=2, **fields))
         ours = family.draw(pipe)
         with put_in_by_hand(stock.unet, module, 2, 0):
             expected = family.draw(stock)
@@ -379,8 +379,9 @@ def test_a_match_serves_several_steps(unet: Any, monkeypatch: pytest.MonkeyPatch
         (only(reuse_interval=3, reuse_layers=1, extrapolate=0.7), 2),
         (only(attention="kv", match_interval=2), 2),
         (AgentSDConfig.from_preset("turbo"), 2),
+        (only().replace(cross_reuse_from=0.5), 3),
     ],
-    ids=["held", "extrapolated", "groups kept", "turbo"],
+    ids=["held", "extrapolated", "groups kept", "turbo", "cross-attentions held"],
 )
 def test_compiled_each_kind_of_call_is_a_graph_of_its_own(config: AgentSDConfig, graphs: int) -> None:
     """No graph break and no recompilation over a run, a second run, and another prompt."""
