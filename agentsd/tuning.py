@@ -109,7 +109,7 @@ class Measurements:
         self.path = path
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.values: dict[str, Any] = {}
-        self.bar = tqdm(desc="measuring", total=0, leave=False)
+        self.bar = tqdm(disable=True)
         if path.exists():
             found = read_json(path)
             if not isinstance(found, dict) or not found.keys() >= {"settings", "measurements"}:
@@ -121,6 +121,10 @@ class Measurements:
                     "name another output or remove it"
                 )
             self.values = found["measurements"]
+
+    def start(self, total: int) -> None:
+        """Show progress towards so many results; more may be added."""
+        self.bar = tqdm(desc="measuring", total=total, leave=False)
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """The result of that name, measured if it is not there."""
@@ -254,7 +258,7 @@ class Tuner:
         self.measured = range(min(repeats, len(prompts)))
         self.runs: dict[int, Trajectory] = {}
         self.modules = self.cuts()
-        measurements.bar.total = len(prompts)
+        measurements.start(len(prompts))
         stock = [self.stock(index) for index in range(len(prompts))]
         self.at: list[float] = stock[0]["progress"]
         self.outside = statistics.median(run["seconds"] / run["inside"] - 1 for run in stock)

@@ -143,13 +143,14 @@ def _tune(args: argparse.Namespace, command: str) -> None:
     measurements = Measurements(args.output.with_suffix(".json"), settings)
     pipe = pipelines.load(args.model, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    tuner = Tuner(pipe, prompts, call, measurements, args.repeats)
-    best, verified = tuner.tune(args.target_speedup, args.max_error)
     presets = {name: AgentSDConfig.from_preset(name) for name in AgentSDConfig.presets()} if args.compare else {}
-    compared = (
-        [Verified(n, presets[n], None, *result) for n, result in tuner.verify(presets).items()] if presets else []
-    )
-    measurements.bar.close()
+    try:
+        tuner = Tuner(pipe, prompts, call, measurements, args.repeats)
+        best, verified = tuner.tune(args.target_speedup, args.max_error)
+        figures = tuner.verify(presets) if presets else {}
+    finally:
+        measurements.bar.close()
+    compared = [Verified(name, presets[name], None, *pair) for name, pair in figures.items()]
     target = {"speedup": args.target_speedup, "error": args.max_error}
     result = {
         "target": target,
