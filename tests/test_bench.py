@@ -197,7 +197,10 @@ def test_the_command_writes_what_its_table_is_made_from(tmp_path: Path, capsys: 
         (["--table", "missing.json"], "missing.json"),
         (["--into", "README.md"], "--into goes with --table"),
         (["--method", "xformers"], "needs the package xformers and a CUDA device"),
-        (["--profile", "--method", "floor"], "method is 'floor'; the profile is of stock and faithful, fast, hires, paper, turbo"),
+        (
+            ["--profile", "--method", "floor"],
+            "method is 'floor'; the profile is of stock and faithful, fast, hires, paper, turbo",
+        ),
         (["--device", "cuda:9"], "cuda:9"),
     ],
 )
