@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -262,11 +262,13 @@ def _reusing(unet: Any, config: AgentSDConfig, steps: list[int], at: Callable[..
     assert patch is not None
     assert patch.reuse is not None
     reuse, names = patch.reuse, list[str]()
+    # Phases that differ in nothing but how often a call is whole have the same kinds of calls.
+    bare = [replace(phase, until=1.0, reuse_interval=2, reuse_spacing="uniform") for phase in config.phases]
+    same = [f"{phase.attention} until {phase.until:g}, " if len(set(bare)) > 1 else "" for phase in config.phases]
     before: dict[str, list[Lane]] = {}
 
     def note(*_: Any) -> None:
-        phase = config.phases[steps[len(names)]]
-        name = f"{phase.attention} until {phase.until:g}, {'reused' if reuse.layers else 'whole'}"
+        name = f"{same[steps[len(names)]]}{'reused' if reuse.layers else 'whole'}"
         maps = ", groups kept" if any(block.kept for block in patch.blocks.values()) else ""
         names.append(f"{name}{maps}{'' if reuse.cross == 'run' else ', cross ' + reuse.cross}")
         before.setdefault(names[-1], lanes)

@@ -118,15 +118,17 @@ class Patch:
             asked = [list(phase.levels or ()) for phase in config.phases if phase.acts]
             raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")
         self.refinements = self.read_refinements()
+        self.reuse: Reuse | None = None
+        if config.reuses:
+            self.reuse = Reuse(model, block_levels(model), config, self.parts, self.blocks)
         # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
         # partial is copied with the model.
         before_call = partial(torch.compiler.disable(Patch.before_call), self)
         self.handles: list[RemovableHandle] = []
         self.wrap_all()
         self.handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
-        self.reuse: Reuse | None = None
-        if config.reuses and hasattr(model, "up_blocks"):
-            self.reuse = Reuse(model, block_levels(model), config, self.parts, self.blocks)
+        if self.reuse:
+            self.reuse.install()
             self.handles.append(model.register_forward_hook(partial(torch.compiler.disable(Reuse.end), self.reuse)))
 
     def on_levels(self, phase: Phase) -> dict[int, Phase]:

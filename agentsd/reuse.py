@@ -37,7 +37,8 @@ def whole_calls(steps: int, interval: int, spacing: str) -> frozenset[int]:
     last, chosen = -1, []
     for i in range(number):
         from_middle = 2 * i / number - 1
-        last = max(last + 1, int(steps * (1 + from_middle * abs(from_middle)) / 2))
+        place = int(steps * (1 + from_middle * abs(from_middle)) / 2)
+        last = min(max(last + 1, place), steps - number + i)
         chosen.append(last)
     return frozenset(chosen)
 
@@ -47,7 +48,8 @@ class Lane:
     """One of the calls of each step: guidance may make two, each with features of its own.
 
     Attributes:
-        text: the prompt's embedding, the same object in every step of an image.
+        text: the prompt's embedding, the same object in every step of an image. Another one may be another prompt, and
+            to compare them would wait for the device.
         key: shape, dtype and device of the sample.
         run: the schedule.
         position: that of the last call in the schedule.
@@ -126,12 +128,14 @@ class Reuse:
         self.spots: list[Spot] = []
         self.cuts: dict[Phase, int] = {}
         self.rest()
-        if any(phase.reuse_interval > 1 for phase in config.phases):
+        # A ControlNet has no up side: it is computed whole, and may keep groups.
+        unet = hasattr(model, "up_blocks")
+        if unet and any(phase.reuse_interval > 1 for phase in config.phases):
             self.place(model, levels)
-        if config.cross_reuse_from is not None:
+        if unet and config.cross_reuse_from is not None:
             for name, module in model.named_modules():
-                if name.endswith(".attn2") and module is not None:
-                    self.put(Cross(self, module, 0, name))
+                if name.endswith(".attn2"):
+                    self.spots.append(Cross(self, module, 0, name))
 
     def place(self, model: nn.Module, levels: dict[str, int]) -> None:
         """Put a spot on every module that may be skipped."""
@@ -145,43 +149,42 @@ class Reuse:
             )
         outermost = [len(block.resnets) for block in reversed(model.up_blocks)]  # type: ignore[operator, arg-type]
         depths = [levels[f"up_blocks.{index}"] for index in reversed(range(len(outermost)))]
-        for phase in self.config.phases:
-            total, deepest = sum(outermost) - 1, max(depths) - 1
-            if phase.reuse_interval > 1 and phase.reuse_layers is not None and phase.reuse_layers > total:
+        total, deepest = sum(outermost) - 1, max(depths) - 1
+        for phase in (phase for phase in self.config.phases if phase.reuse_interval > 1):
+            if phase.reuse_layers is not None and phase.reuse_layers > total:
                 raise ValueError(f"reuse_layers is {phase.reuse_layers}; for this {kind} it must be at most {total}")
-            if phase.reuse_interval > 1 and phase.reuse_layers is None and phase.reuse_depth > deepest:
+            if phase.reuse_layers is None and phase.reuse_depth > deepest:
                 raise ValueError(f"reuse_depth is {phase.reuse_depth}; for this {kind} it must be at most {deepest}")
             whole_levels = sum(n for n, level in zip(outermost, depths, strict=True) if level <= phase.reuse_depth)
             self.cuts[phase] = phase.reuse_layers or whole_levels
         number = 1
         for block in model.down_blocks:  # type: ignore[union-attr]
-            self.put(DownBlock(self, block, number + 1))
+            self.spots.append(DownBlock(self, block, number + 1))
             attentions = getattr(block, "attentions", [None] * len(block.resnets))  # type: ignore[arg-type]
             for resnet, attention in zip(block.resnets, attentions, strict=True):  # type: ignore[arg-type]
                 number += 1
-                self.put(Layer(self, resnet, number))
+                self.spots.append(Layer(self, resnet, number))
                 if attention is not None:
-                    self.put(LayerAttention(self, attention, number))
+                    self.spots.append(LayerAttention(self, attention, number))
             for downsampler in block.downsamplers or ():
                 number += 1
-                self.put(Downsampler(self, downsampler, number))
+                self.spots.append(Downsampler(self, downsampler, number))
         if model.mid_block is not None:
-            self.put(Spot(self, model.mid_block, EVERYTHING))  # type: ignore[arg-type]
+            self.spots.append(Spot(self, model.mid_block, EVERYTHING))  # type: ignore[arg-type]
         number = 0
         for block in reversed(model.up_blocks):  # type: ignore[arg-type, operator]
-            self.put(UpBlock(self, block, number + 1))
+            self.spots.append(UpBlock(self, block, number + 1))
             attentions = getattr(block, "attentions", [None] * len(block.resnets))
             for resnet, attention in reversed(list(zip(block.resnets, attentions, strict=True))):
                 number += 1
-                last = attention is None
-                self.put(Layer(self, resnet, number, edge=last))
+                self.spots.append(Layer(self, resnet, number, edge=attention is None))
                 if attention is not None:
-                    self.put(LayerAttention(self, attention, number, edge=True))
+                    self.spots.append(LayerAttention(self, attention, number, edge=True))
 
-    def put(self, spot: "Spot") -> None:
-        """Let a spot decide about the calls of its module."""
-        self.spots.append(spot)
-        spot.module.forward = spot
+    def install(self) -> None:
+        """Let each spot decide about the calls of its module."""
+        for spot in self.spots:
+            spot.module.forward = spot
 
     def remove(self) -> None:
         """Give every module its own forward back."""
@@ -233,9 +236,9 @@ class Reuse:
         else:
             lane.step += 1
         whole = True
-        if phase.reuse_interval > 1:
+        if phase in self.cuts:
             self.keep = self.cuts[phase]
-            enough = len(lane.features) == (2 if phase.extrapolate else 1)
+            enough = len(lane.features) >= (2 if phase.extrapolate else 1)
             since = lane.calls - lane.features[-1][0] if lane.features else 0
             due = lane.step in lane.whole if lane.whole is not None else since >= phase.reuse_interval
             whole = due or not enough
@@ -286,7 +289,7 @@ class Reuse:
         """The features now, from those of the last whole calls."""
         if not share:
             return lane.features[-1][1]
-        (before, F0), (after, F1) = lane.features
+        (before, F0), (after, F1) = lane.features[-2:]
         return torch.lerp(F1, F0, -share * (lane.calls - after) / (after - before))
 
     def end(self, *_: Any) -> None:

@@ -236,7 +236,7 @@ def test_methods_are_what_they_say(tiny_pipeline: Any) -> None:
             method(text)
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", [*METHODS, "turbo"])
 def test_what_a_method_draws_depends_on_its_arguments_alone(text: str, tiny_pipeline: Any) -> None:
     tiny_pipeline.set_progress_bar_config(disable=True)
     before = {name: value.clone() for name, value in tiny_pipeline.unet.state_dict().items()}
@@ -474,6 +474,7 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
     assert stock["time"]["speed"] == 1
     assert paper["time"]["seconds"] > 0
     assert paper["settings"] == method("paper:ratio=0.4").settings
+    assert paper["settings_sha256"] == method("paper:ratio=0.4").sha256 != method("paper:ratio=0.5").sha256
     assert set(paper["scores"]) == {column["key"] for column in result["columns"]}
     images = [
         [pixels(tmp_path / f"out/images/{name}/{index:05d}.png").astype(float) for index in range(8)]
@@ -485,16 +486,45 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
     markdown = (tmp_path / "out/report.md").read_text()
     assert report.table(result) in markdown
     assert report.table(result) in printed
+    assert paper["settings_sha256"] in markdown
     assert result["provenance"]["images"]["steps"] == 3
     assert "agentsd-eval run --protocol" in markdown
     assert main(["report", str(tmp_path / "out"), "--table", "--columns", "checker_frechet"]) == 0
     assert "| method | s/image | × stock | Fréchet distance (checker) ↓ |" in capsys.readouterr().out
+    text = tmp_path / "text.md"
+    text.write_text("a\n<!-- agentsd-eval out/results.json psnr ssim -->\nold\n<!-- /agentsd-eval -->\nb\n")
+    assert main(["report", "--into", "text.md"]) == 0
+    lines = text.read_text().splitlines()
+    assert "| method | s/image | × stock | PSNR, dB ↑ | SSIM ↑ |" in lines
+    assert any(line.startswith("agentsd-eval run --protocol") for line in lines)
+    assert f"*{result['title']}, 3 steps, float32, " in text.read_text()
+    assert (lines[0], lines[-1]) == ("a", "b")
+    once = text.read_text()
+    assert main(["report", "--into", "text.md"]) == 0
+    assert text.read_text() == once
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ("results.json", "report.md", "report.html")}
     assert main(["report", str(tmp_path / "out")]) == 0
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     assert main(["score", "out", "--quiet", "--cache", "cache", "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "out/results.json").read_text())
     assert [row["scores"] for row in again["methods"]] == [row["scores"] for row in result["methods"]]
+
+
+def test_what_has_no_table_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.md").write_text("nothing")
+    (tmp_path / "other.json").write_text("[]")
+    (tmp_path / "place.md").write_text("<!-- agentsd-eval other.json -->\n<!-- /agentsd-eval -->")
+    for options, words in (
+        (["--into", "text.md"], "text.md has no place for a table"),
+        (["--into", "place.md"], "other.json is not a file of results"),
+        (["other.json", "--table"], "other.json is not a file of results"),
+        ([], "report needs RESULTS, or --into with texts"),
+    ):
+        assert main(["report", *(str(tmp_path / word) if "." in word else word for word in options)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert words in error
+        assert len(error.splitlines()) == 1
+    assert (tmp_path / "text.md").read_text() == "nothing"
 
 
 class Tags(html.parser.HTMLParser):

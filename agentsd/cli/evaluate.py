@@ -157,9 +157,19 @@ def build_parser() -> argparse.ArgumentParser:
     error.add_argument("--dtype", metavar="DTYPE", help="(default: float16 on cuda, else float32)")
     error.add_argument("--threads", type=_positive, metavar="N", help="on a CPU (default: torch's)")
     report = add("report", "write the report of a results.json again, or print its table")
-    report.add_argument("results", type=Path, metavar="RESULTS", help="results.json, or the folder of a run")
+    report.add_argument(
+        "results", nargs="?", type=Path, metavar="RESULTS", help="results.json, the folder of a run, or errors.json"
+    )
     report.add_argument("--table", action="store_true", help="print the table in Markdown and write nothing")
     report.add_argument("--columns", nargs="+", metavar="KEY", help="only these scores in the table")
+    report.add_argument(
+        "--into",
+        nargs="+",
+        type=Path,
+        metavar="TEXT",
+        help="make the tables of texts again, between <!-- agentsd-eval FILE.json COLUMN … --> and "
+        "<!-- /agentsd-eval -->",
+    )
     return parser
 
 
@@ -394,7 +404,7 @@ def _score_run(
     from agentsd.evaluation import protocols
     from agentsd.evaluation.files import read_json
     from agentsd.evaluation.generation import timings
-    from agentsd.evaluation.methods import method
+    from agentsd.evaluation.methods import Method, method
     from agentsd.evaluation.scoring import score, speeds
 
     run = read_json(folder / "run.json")
@@ -411,6 +421,7 @@ def _score_run(
     times = speeds(timings(folder), methods, methods[0])
     for row in result["methods"]:
         row["settings"] = run["methods"][row["method"]]
+        row["settings_sha256"] = Method(row["method"], row["settings"]).sha256
         if row["method"] in times:
             row["time"] = times[row["method"]]
         for shown in row["pictures"]:
@@ -501,16 +512,20 @@ def _finish(result: dict[str, Any], folder: Path) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from agentsd.evaluation import report
+    from agentsd.evaluation import report, texts
+    from agentsd.evaluation.files import write_bytes
 
-    result = report.read(args.results)
-    if args.columns:
-        known = [column["key"] for column in result["columns"]]
-        if unknown := [key for key in args.columns if key not in known]:
-            raise ValueError(f"--columns is {unknown[0]!r}; it must be of {', '.join(known)}")
-    if args.table:
-        print(report.table(result, args.columns))
+    if bool(args.into) == bool(args.results):
+        raise ValueError("report needs RESULTS, or --into with texts")
+    if args.into:
+        for text, content in [(text, texts.filled(text)) for text in args.into]:
+            write_bytes(text, content.encode())
+            print(f"wrote {text}")
         return
+    if args.table or args.columns:
+        print(texts.summary(args.results, args.columns))
+        return
+    result = report.read(args.results)
     folder = args.results if args.results.is_dir() else args.results.parent
     for path in report.write(result, folder):
         print(f"wrote {path}")

@@ -6,7 +6,6 @@ compared is its output before `to_out`, for every token.
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +155,10 @@ def _inputs(unet: nn.Module, layers: Sequence[Layer], call: Call) -> dict[str, T
 
 
 def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the attention of each layer makes of given inputs of its block."""
+    """What the attention of each layer makes of given inputs of its block, for every token.
+
+    Where a method restores the merged tokens only after the attention, it is what the block adds to its input.
+    """
     found: dict[str, Tensor] = {}
     handles = []
     for layer in find_layers(unet):
@@ -167,7 +169,12 @@ def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str
         def note(_: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = layer.name) -> None:
             found[name] = out.clone()
 
+        def added(_: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
+            if found[name].shape != args[0].shape:
+                found[name] = args[0] - inputs[name]
+
         handles += [layer.block.register_forward_pre_hook(force), layer.block.attn1.register_forward_hook(note)]
+        handles.append(layer.block.norm2.register_forward_pre_hook(added))
     unet(call.sample, call.timestep, encoder_hidden_states=call.text)
     for handle in handles:
         handle.remove()
@@ -177,7 +184,7 @@ def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str
 def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     """A UNet with a method at every level, however few its tokens, and nothing after its self-attentions.
 
-    A configuration that names what it does at each level is left as it is.
+    A configuration that names what it does at each level is not put on others. Nothing is kept from call to call.
     """
     own = copied(pipe)
     layers = find_layers(own.unet)
@@ -192,13 +199,14 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     else:
         levels = tuple(sorted({layer.level for layer in layers}))
         config = AgentSDConfig.from_dict(options)
-        phases = tuple(
-            phase
-            if isinstance(phase.levels, Mapping)
-            else dataclasses.replace(phase, levels=levels, min_tokens=1)
-            for phase in config.phases
-        )
-        apply(own, config.replace(phases=phases))
+        phases = []
+        for phase in config.phases:
+            fresh: dict[str, Any] = {"match_interval": 1}
+            everywhere: dict[str, Any] = {"levels": levels, "min_tokens": 1}
+            if isinstance(phase.levels, Mapping):
+                everywhere = {"levels": {level: {**given, **fresh} for level, given in phase.levels.items()}}
+            phases.append(dataclasses.replace(phase, **everywhere, **fresh, reuse_interval=1))
+        apply(own, config.replace(phases=tuple(phases), cross_reuse_from=None))
     for layer in layers:
         layer.block.attn1.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     unet: nn.Module = own.unet
@@ -243,14 +251,13 @@ def measure(
 
     Returns:
         For each variant `error` (level → relative error at each noise level, the mean over layers and images of
-        ‖O − O_stock‖ / ‖O_stock‖), `psnr` of each image in dB, and `seconds` for an image.
+        ‖O − O_stock‖ / ‖O_stock‖), and `psnr` of each image in dB.
     """
     from agentsd.evaluation.metrics import pair_distances
 
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(call: Any) -> tuple[Tensor, float]:
-        began = time.perf_counter()
+    def draw(call: Any) -> Tensor:
         images = call(
             list(prompts),
             num_inference_steps=steps,
@@ -258,12 +265,13 @@ def measure(
             generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
             output_type="pt",
         ).images
-        return (images * 255).round().to(torch.uint8), (time.perf_counter() - began) / len(prompts)
+        drawn: Tensor = (images * 255).round().to(torch.uint8)
+        return drawn
 
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     stock_pipe = copied(pipe)
     with _recorded(stock_pipe.unet, calls):
-        stock, stock_seconds = draw(stock_pipe)
+        stock = draw(stock_pipe)
     horizon = pipe.scheduler.config.num_train_timesteps
     reached = [1 - float(timestep) / horizon for _, timestep, _ in calls]
     nearest = [int((torch.tensor(reached) - progress).abs().argmin()) for progress in at]
@@ -273,7 +281,6 @@ def measure(
     result: dict[str, Any] = {
         "progress": [call.progress for call in chosen],
         "levels": levels,
-        "stock_seconds": stock_seconds,
         "variants": [],
     }
     reference = _everywhere(pipe, None)
@@ -288,14 +295,13 @@ def measure(
                 for level in levels:
                     names = [layer.name for layer in layers if layer.level == level]
                     errors[level].append(statistics.mean(relative_error(found[name], true[name]) for name in names))
-        images, seconds = draw(_finest(pipe, wanted))
+        images = draw(_finest(pipe, wanted))
         result["variants"].append(
             {
                 "variant": wanted.text,
                 "settings": wanted.settings,
                 "error": {str(level): values for level, values in errors.items()},
                 "psnr": [min(value, 999.0) for value in pair_distances("psnr", images, stock).tolist()],
-                "seconds": seconds,
             }
         )
     return result
@@ -311,11 +317,11 @@ def tables(result: dict[str, Any]) -> str:
     """Both tables in Markdown: the finest level by noise level with the images, and every level."""
     finest = str(result["levels"][0])
     head = ["variant", *(f"at {progress:.2f}" for progress in result["progress"]), "mean error", "PSNR, dB", "worst"]
-    rows = [[*head, "s/image"]]
+    rows = [head]
     for row in result["variants"]:
         errors = row["error"][finest]
         cells = [row["variant"], *(f"{value:.4f}" for value in errors), f"{statistics.mean(errors):.4f}"]
-        rows.append([*cells, f"{statistics.mean(row['psnr']):.1f}", f"{min(row['psnr']):.1f}", f"{row['seconds']:.2f}"])
+        rows.append([*cells, f"{statistics.mean(row['psnr']):.1f}", f"{min(row['psnr']):.1f}"])
     second = [["variant", *(f"level {level}" for level in result["levels"])]]
     for row in result["variants"]:
         means = [statistics.mean(row["error"][str(level)]) for level in result["levels"]]

@@ -1,0 +1,346 @@
+"""Pictures of what the acceleration does in one layer and one step, drawn over the image that comes out."""
+
+import colorsys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from agentsd.merging import TokenMap
+from agentsd.patch import find_layers, is_applied, networks, stock_module
+from agentsd.processor import AgentSDProcessor, Block, Counts, Plan, counts
+from agentsd.report import describe
+
+_SIDE = 512
+_ROWS, _COLUMNS = 3, 4
+# Black to yellow over violet and orange, equal steps in lightness.
+_HEAT = ((0, 0, 0), (61, 10, 92), (145, 35, 104), (216, 76, 62), (249, 157, 15), (252, 250, 150))
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What the softmax of a layer is taken of, for the conditional half of the batch, before the scores are summed.
+
+    Attributes:
+        query: what looks, H×n×d, one row for each destination.
+        key: what is looked at, H×m×d.
+        bias: added to the scores, broadcastable to H×n×m.
+        scale: of the scores.
+        keys: group of keys of each token, N int64; None where every token has its own.
+    """
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    scale: float
+    keys: Tensor | None
+
+    def weights(self, row: int) -> Tensor:
+        """What one row attends to, mean over the heads: N weights of sum 1. Tokens of a group share its weight."""
+        scores = (self.query[:, row : row + 1] @ self.key.mT) * self.scale
+        if self.bias is not None:
+            scores = scores + self.bias
+        weights = scores.softmax(dim=-1).mean(dim=(0, 1))
+        return weights if self.keys is None else (weights / self.keys.bincount())[self.keys]
+
+
+@dataclass(frozen=True)
+class View:
+    """What the acceleration does in one layer and one step: pictures, and the numbers behind them.
+
+    Attributes:
+        image: the image that the run made.
+        layer: name of the layer, as in `agentsd.describe`.
+        step: the denoising step, from 0.
+        attention: what is in force: `agent`, `merge` or `kv`.
+        grid: height and width of the token grid.
+        places: row-major token indices of the n destinations, int64.
+        index: group of each token, N int64. Group i < n is that of destination i, in `agent` and `kv` the tokens for
+            which agent i stands; tokens that are not folded are groups of their own after them.
+        aggregation: what the attention maps are computed from.
+    """
+
+    image: Image.Image
+    layer: str
+    step: int
+    attention: str
+    grid: tuple[int, int]
+    places: Tensor
+    index: Tensor
+    aggregation: Aggregation
+
+    def attention_map(self, agent: int) -> Tensor:
+        """What one agent attends to, height×width weights of sum 1, mean over the heads.
+
+        In `agent` this is a row of the first product, softmax(A Kᵀ d^-0.5): from where the agent gathers. `kv` and
+        `merge` have no agents that look: there it is what the query at destination number `agent` attends to. The
+        weight of a group is shared equally by its tokens.
+
+        Raises:
+            ValueError: there is no such agent.
+        """
+        if not 0 <= agent < len(self.places):
+            raise ValueError(f"agent is {agent!r}; it must be a whole number from 0 to {len(self.places) - 1}")
+        return self.aggregation.weights(agent).view(self.grid)
+
+    def nearest(self, x: float, y: float) -> int:
+        """The number of the destination that is nearest to the point (x, y) of the image, in pixels."""
+        height, width = self.grid
+        across = (self.places % width + 0.5) * (self.image.width / width) - x
+        down = (self.places // width + 0.5) * (self.image.height / height) - y
+        return int((across**2 + down**2).argmin())
+
+    @cached_property
+    def destinations(self) -> Image.Image:
+        """The destination tokens, each in the colour of its group, over the image."""
+        picture = self._dimmed(0.55)
+        draw = ImageDraw.Draw(picture)
+        for number, place in enumerate(self.places.tolist()):
+            draw.rectangle(self._box(place, picture), fill=colour(number), outline="white")
+        return picture
+
+    @cached_property
+    def groups(self) -> Image.Image:
+        """A colour for each group of several tokens over the image, with lines between groups; tokens that stay alone
+        are left as they are."""
+        picture = self._zoomed()
+        width, height = picture.size
+        rows = np.arange(height) * self.grid[0] // height
+        columns = np.arange(width) * self.grid[1] // width
+        group = self.index.view(self.grid).numpy()[rows[:, None], columns]
+        sizes = self.index.bincount().numpy()
+        palette = np.array([colour(number) for number in range(len(sizes))], dtype=np.float32)
+        image = np.asarray(picture, dtype=np.float32)
+        folded = (sizes > 1)[group]
+        out = np.where(folded[..., None], 0.35 * image + 0.65 * palette[group], image)
+        edge = np.zeros(group.shape, dtype=bool)
+        for axis in (0, 1):
+            differs = np.diff(group, axis=axis) != 0
+            after = (slice(1, None), slice(None))[:: 1 if axis == 0 else -1]
+            edge[after] |= differs
+        out[edge & folded] *= 0.4
+        return Image.fromarray(out.astype(np.uint8))
+
+    @cached_property
+    def agents(self) -> Image.Image:
+        """What agents attend to, a tile for each of twelve that are spread as the tiles are: `heat` of each."""
+        width, height = (max(96, side // 2) for side in self._zoomed().size)
+        gap = 4
+        sheet = Image.new("RGB", (_COLUMNS * (width + gap) - gap, _ROWS * (height + gap) - gap), "white")
+        for row in range(_ROWS):
+            for column in range(_COLUMNS):
+                x = (column + 0.5) / _COLUMNS * self.image.width
+                y = (row + 0.5) / _ROWS * self.image.height
+                tile = self.heat(self.nearest(x, y)).resize((width, height), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (column * (width + gap), row * (height + gap)))
+        return sheet
+
+    def heat(self, agent: int) -> Image.Image:
+        """What one agent attends to (see `attention_map`) over the image; the agent's destination has a ring."""
+        weights = self.attention_map(agent)
+        share = Image.fromarray((weights / weights.max()).float().numpy(), mode=None)
+        picture = self._dimmed(0.5).convert("L").convert("RGB")
+        strength = np.asarray(share.resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1) ** 0.5
+        stops = np.linspace(0, 1, len(_HEAT))
+        heat = np.stack([np.interp(strength, stops, channel) for channel in zip(*_HEAT, strict=True)], axis=-1)
+        over = (0.85 * strength)[..., None]
+        picture = Image.fromarray(((1 - over) * np.asarray(picture) + over * heat).astype(np.uint8))
+        left, top, right, bottom = self._box(int(self.places[agent]), picture)
+        draw = ImageDraw.Draw(picture)
+        for grow, ink in ((6, "black"), (5, "white"), (4, "white"), (3, "black")):
+            draw.ellipse((left - grow, top - grow, right + grow, bottom + grow), outline=ink)
+        return picture
+
+    def _zoomed(self) -> Image.Image:
+        zoom = max(1, round(_SIDE / min(self.image.size)))
+        size = self.image.width * zoom, self.image.height * zoom
+        return self.image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+    def _dimmed(self, share: float) -> Image.Image:
+        return self._zoomed().point(lambda value: int(value * share))
+
+    def _box(self, token: int, picture: Image.Image) -> tuple[int, int, int, int]:
+        (height, width), (row, column) = self.grid, divmod(token, self.grid[1])
+        return (
+            column * picture.width // width,
+            row * picture.height // height,
+            (column + 1) * picture.width // width - 1,
+            (row + 1) * picture.height // height - 1,
+        )
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    """A colour for a group: hues a golden section apart, so that neighbours differ."""
+    shade = colorsys.hsv_to_rgb(number * 0.6180339887 % 1, (0.9, 0.6, 0.75)[number % 3], (1.0, 0.85, 0.7)[number % 3])
+    red, green, blue = (round(255 * part) for part in shade)
+    return red, green, blue
+
+
+class _Watch:
+    """Looks at one layer during one step of a run."""
+
+    def __init__(self, pipe: Any, step: int) -> None:
+        self.pipe = pipe
+        self.step = step
+        self.now = 0
+        self.ran = False
+        self.block: Block | None = None
+        self.plan: Plan | None = None
+        self.todo: Counts | None = None
+        self.groups: TokenMap | None = None
+        self.keys: TokenMap | None = None
+        self.softmax: tuple[Tensor, Tensor, Tensor | None, float] | None = None
+
+    def step_ends(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """`callback_on_step_end` of the pipeline."""
+        self.now = step + 1
+        return {}
+
+    def before(self, attn: Any, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the layer: what is planned, and a record of the softmax that comes."""
+        if self.step >= self.pipe.num_timesteps:
+            raise ValueError(f"step is {self.step}; it must be from 0 to {self.pipe.num_timesteps - 1} in this run")
+        if self.now != self.step:
+            return
+        self.ran, self.plan = True, None
+        processor = attn.processor
+        plan = processor.block.plan(args[0]) if isinstance(processor, AgentSDProcessor) else None
+        todo = counts(plan.phase, plan.ratio, plan.grid) if plan else None
+        if plan and todo and todo.attention != "stock":
+            self.plan, self.todo, self.softmax = plan, todo, None
+            self.groups, self.keys = _groups(processor.block, plan, todo)
+            self.attend, processor.attend = processor.attend, self.record
+
+    def record(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
+    ) -> Tensor:
+        """The layer's softmax attention; of the two of agent attention the first is remembered."""
+        if self.softmax is None:
+            bias = None if attn_mask is None else attn_mask[-1]
+            self.softmax = query[-1], key[-1], bias, query.shape[-1] ** -0.5 if scale is None else scale
+        return self.attend(query, key, value, attn_mask, scale=scale)
+
+    def after(self, attn: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        """Forward hook of the layer."""
+        if self.now == self.step and self.plan:
+            attn.processor.attend = self.attend
+
+    def aggregation(self) -> Aggregation | None:
+        """What was recorded; None if the processor that is wrapped kept its softmax to itself."""
+        if self.softmax is None:
+            return None
+        assert self.plan
+        assert self.todo
+        query, key, bias, scale = self.softmax
+        rows = self.plan.destinations if self.todo.attention == "kv" else slice(len(self.plan.destinations))
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query, key = (tensor.detach().to("cpu", exact) for tensor in (query[:, rows], key))
+        bias = None if bias is None else bias.detach().to("cpu", exact)
+        return Aggregation(query, key, bias, scale, None if self.keys is None else self.keys.index[-1].cpu())
+
+
+def _groups(block: Block, plan: Plan, todo: Counts) -> tuple[TokenMap, TokenMap | None]:
+    """The groups that are shown, and those that keys stand for."""
+    merged = block.merged(plan) if todo.attention != "kv" and todo.queries < plan.tokens else None
+    if todo.attention == "merge":
+        assert merged
+        return merged, merged
+    if todo.attention == "kv":
+        folded = block.matched(plan).fold(plan.tokens - todo.keys)
+        return folded, folded
+    if plan.phase.agents == "merge":
+        return block.matched(plan).fold(plan.tokens - todo.agents), merged
+    (height, width), (sy, sx) = plan.grid, plan.phase.cell_on(plan.grid)
+    rows, columns = height // sy, width // sx
+    row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    return TokenMap((row[:, None] * columns + column).view(1, -1), todo.agents), merged
+
+
+def _layers(pipe: Any) -> dict[str, Any]:
+    """The attention of each row of `describe`, by the row's name."""
+    layers = [layer for net in networks(pipe) for layer in find_layers(stock_module(net))]
+    return {row.name: layer.block.attn1 for row, layer in zip(describe(pipe).layers, layers, strict=True)}
+
+
+def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int = 0, **call: Any) -> View:
+    """Run an accelerated pipeline and look at what the acceleration does in one layer and one step.
+
+    What is shown is what the run does: the groups and the softmax are taken from the layer while it works. With
+    guidance they are those of the prompt, not of the negative prompt.
+
+    Args:
+        pipe: a pipeline that `agentsd.apply` has accelerated.
+        prompt: what it is to draw.
+        step: the denoising step to look at, from 0.
+        layer: the layer to look at: its name in the table of `agentsd.describe`, or the number of its row, from 0.
+        seed: of the image's noise.
+        **call: further arguments of the pipeline, for example `num_inference_steps=25`.
+
+    Returns:
+        Pictures of the destinations, of the groups and of what agents attend to, and the numbers behind them.
+
+    Raises:
+        ValueError: the pipeline is not accelerated, the layer or the step does not exist, or the layer is stock in
+            that step.
+
+    Example:
+        ```python
+        pipe = agentsd.apply(agentsd.pipelines.load("demo"))
+        view = agentsd.visualize(pipe, "a large red circle on a striped green background", step=5, layer=0)
+        view.groups.save("groups.png")
+        view.agents.save("agents.png")
+        ```
+    """
+    if not is_applied(pipe):
+        raise ValueError("the pipeline is not accelerated; agentsd.apply(pipe) comes first")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step is {step!r}; it must be a whole number from 0")
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt is {prompt!r}; it must be one text")
+    layers = _layers(pipe)
+    names = list(layers)
+    if layer not in (names if isinstance(layer, str) else range(len(names))) or isinstance(layer, bool):
+        raise ValueError(
+            f"layer is {layer!r}; it must be a name in the table of agentsd.describe(pipe), such as {names[0]!r}, or "
+            f"the number of a row, from 0 to {len(names) - 1}"
+        )
+    name = layer if isinstance(layer, str) else names[layer]
+    watch = _Watch(pipe, step)
+    handles = [
+        layers[name].register_forward_pre_hook(watch.before),
+        layers[name].register_forward_hook(watch.after, always_call=True),
+    ]
+    try:
+        # Hooks would have a compiled model compiled again.
+        with torch.compiler.set_stance("force_eager"):
+            image = pipe(
+                prompt,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=watch.step_ends,
+                **call,
+            )[0][0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not watch.ran:
+        raise ValueError(f"layer {name} is not computed in step {step}")
+    if watch.plan is None or watch.todo is None or watch.groups is None:
+        raise ValueError(f"layer {name} is stock in step {step}: there is nothing to see")
+    aggregation = watch.aggregation()
+    if aggregation is None:
+        inner = type(layers[name].processor.inner).__name__
+        raise ValueError(f"layer {name} computes its attention by {inner} in step {step}, which does not show it")
+    return View(
+        image=image,
+        layer=name,
+        step=step,
+        attention=watch.todo.attention,
+        grid=watch.plan.grid,
+        places=watch.plan.destinations.cpu(),
+        index=watch.groups.index[-1].cpu(),
+        aggregation=aggregation,
+    )
