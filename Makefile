@@ -10,7 +10,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO_OUTPUT ?= outputs
 DEMO_PROMPT ?= a large red circle on the left, a small blue star on the right, on a striped green background
 
-.PHONY: help setup demo test check lint format test-oldest clean distclean
+.PHONY: help setup demo test check lint format test-oldest docs clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make test-oldest  run every test on the lowest versions that setup.cfg declares ($(OLDEST)/)"
+	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove caches and build output; make distclean removes the environments too"
 	@echo "PYTHON=python3.12 chooses the interpreter of an environment that does not exist yet."
 
@@ -71,8 +72,12 @@ test-oldest: $(OLDEST)/.dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
 	@echo "All tests passed on the versions in $(OLDEST)/constraints.txt."
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Built: open site/index.html."
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 	@echo "Removed caches and build output. Next: make distclean removes the environments too."
 

@@ -45,7 +45,7 @@ def blockwise_attention(
     Args:
         query: B×H×M×d.
         key, value: B×H×N×d.
-        attn_mask: added to the scores, broadcastable to B×H×1×N.
+        attn_mask: added to the scores, broadcastable to B×H×M×N.
         scale: of the scores; None is d^-0.5.
 
     Returns:
@@ -54,7 +54,7 @@ def blockwise_attention(
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    bias = None if attn_mask is None else attn_mask.expand(batch, heads, 1, keys).flatten(0, 1)
+    bias = None if attn_mask is None else attn_mask.expand(batch, heads, -1, keys).flatten(0, 1)
     scale = size**-0.5 if scale is None else scale
     rows = min(queries, _ROWS_AT_ONCE)
     group = min(batch * heads, max(1, _SCORES_AT_ONCE // (rows * keys)))
@@ -67,7 +67,8 @@ def blockwise_attention(
         if bias is None:
             torch.baddbmm(s, q[block], k[part].mT, beta=0, alpha=scale, out=s)
         else:
-            torch.baddbmm(bias[part], q[block], k[part].mT, alpha=scale, out=s)
+            rows_of = bias[part] if bias.shape[1] == 1 else bias[block]
+            torch.baddbmm(rows_of, q[block], k[part].mT, alpha=scale, out=s)
         torch.bmm(torch.softmax(s, -1, out=s), v[part], out=out[block])
     return out.view(batch, heads, queries, size)
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from agentsd import attention, merging, processor
 from agentsd.config import AgentSDConfig
-from agentsd.patch import apply, find_layers
+from agentsd.patch import apply, find_layers, patch_of
+from agentsd.reuse import Lane
 from agentsd.schedule import phase_at, progress
 
 STEPS = 50
@@ -246,11 +247,42 @@ def kinds(method: str, unet: Any, setting: Setting) -> list[Kind]:
     config = _config(name, options)
     apply(unet, config)
     steps = [config.phases.index(phase_at(config.phases, progress(t, 1000))) for t in TIMESTEPS]
+    if config.reuses:
+        return _reusing(unet, config, steps, at)
     return [
         Kind(f"{phase.attention} until {phase.until:g}", steps.count(i) / STEPS, partial(at, steps.index(i)))
         for i, phase in enumerate(config.phases)
         if i in steps
     ]
+
+
+def _reusing(unet: Any, config: AgentSDConfig, steps: list[int], at: Callable[..., Any]) -> list[Kind]:
+    """The kinds of calls in a run of the whole schedule, each with what is kept when it first comes."""
+    patch = patch_of(unet)
+    assert patch is not None
+    assert patch.reuse is not None
+    reuse, names = patch.reuse, list[str]()
+    # Phases that differ in nothing but how often a call is whole have the same kinds of calls.
+    bare = [replace(phase, until=1.0, reuse_interval=2, reuse_spacing="uniform") for phase in config.phases]
+    same = [f"{phase.attention} until {phase.until:g}, " if len(set(bare)) > 1 else "" for phase in config.phases]
+    before: dict[str, list[Lane]] = {}
+
+    def note(*_: Any) -> None:
+        name = f"{same[steps[len(names)]]}{'reused' if reuse.layers else 'whole'}"
+        maps = ", groups kept" if any(block.kept for block in patch.blocks.values()) else ""
+        names.append(f"{name}{maps}{'' if reuse.cross == 'run' else ', cross ' + reuse.cross}")
+        before.setdefault(names[-1], lanes)
+
+    def call(step: int, name: str) -> Any:
+        reuse.lanes = [lane.copy() for lane in before[name]]
+        return at(step)
+
+    handle = unet.register_forward_pre_hook(note)
+    for step in tqdm(range(STEPS), desc="kinds of calls", leave=False):
+        lanes = [lane.copy() for lane in reuse.lanes]
+        at(step)
+    handle.remove()
+    return [Kind(name, names.count(name) / STEPS, partial(call, names.index(name), name)) for name in before]
 
 
 def _deepcache(unet: Any, options: dict[str, Any], at: Callable[..., Any], timesteps: Tensor) -> list[Kind]:

@@ -12,6 +12,8 @@ import yaml
 MIN_TOKENS = 1024
 ATTENTIONS = ("agent", "merge", "kv", "stock")
 AGENTS = ("merge", "pool")
+SPACINGS = ("uniform", "quadratic")
+_NOT_OF_A_LEVEL = ("until", "levels", "reuse_interval", "reuse_depth", "reuse_layers", "reuse_spacing", "extrapolate")
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
@@ -22,6 +24,11 @@ def _number(name: str, value: object, low: float, high: float) -> None:
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _whole(name: str, value: object, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def _boolean(name: str, value: object) -> None:
@@ -54,6 +61,15 @@ class Phase:
         merge_crossattn: merge the queries of the block's cross-attention too, whatever `attention` is.
         merge_mlp: merge the tokens of the block's feed-forward part too, whatever `attention` is.
         min_tokens: grids with fewer tokens are left alone, because there it does not pay; None is `MIN_TOKENS`.
+        match_interval: every so many steps a layer matches its tokens; in between it keeps the groups it has.
+        reuse_interval: every so many calls the UNet is computed whole; in between only its outermost part is, and the
+            features below come from the last whole calls (DeepCache). 1 computes every call whole.
+        reuse_depth: number of levels, from the outermost, that are computed in between.
+        reuse_layers: a finer cut than `reuse_depth`: the number of layers, from the outermost, on the up side that are
+            computed in between, and as many skip connections: DeepCache's branch b is b + 1. None: see `reuse_depth`.
+        reuse_spacing: whole calls are `uniform`, or densest in the middle of the phase (`quadratic`).
+        extrapolate: share of the first-order extrapolation, from the last two whole calls, in the features that are
+            reused; 0 holds those of the last.
         levels: resolutions covered: 1 is the latent grid, 2 half of it …; 0 is the finest at which the model has
             self-attention, −1 half of that …; None is 0. A mapping gives each level the fields in which it differs:
             `{0: {}, -1: {"stride": 2}}`.
@@ -77,6 +93,12 @@ class Phase:
     merge_crossattn: bool = False
     merge_mlp: bool = False
     min_tokens: int | None = None
+    match_interval: int = 1
+    reuse_interval: int = 1
+    reuse_depth: int = 1
+    reuse_layers: int | None = None
+    reuse_spacing: Literal["uniform", "quadratic"] = "uniform"
+    extrapolate: float = 0.0
     levels: tuple[int, ...] | Mapping[int, Mapping[str, Any]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -95,10 +117,13 @@ class Phase:
             raise ValueError(
                 f"stride is {self.stride!r}; it must be a whole number from 2, or a pair (sx, sy) other than (1, 1)"
             )
-        for name in ("max_agents", "min_tokens"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be null or a whole number from 1")
+        for name in ("max_agents", "min_tokens", "reuse_layers"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), "null or a whole number from 1")
+        for name in ("match_interval", "reuse_interval", "reuse_depth"):
+            _whole(name, getattr(self, name), "a whole number from 1")
+        _choice("reuse_spacing", self.reuse_spacing, SPACINGS)
+        _number("extrapolate", self.extrapolate, 0, 2)
         if self.ratio is not None:
             self.check_ratio(self.ratio)
         _number("agent_ratio", self.agent_ratio, 0, 1)
@@ -118,8 +143,10 @@ class Phase:
             )
         if isinstance(levels, Mapping):
             for level, differing in levels.items():
-                if not isinstance(differing, Mapping) or differing.keys() & {"until", "levels"}:
-                    raise ValueError(f"level {level} is {differing!r}; it must be a mapping without until and levels")
+                if not isinstance(differing, Mapping) or differing.keys() & set(_NOT_OF_A_LEVEL):
+                    raise ValueError(
+                        f"level {level} is {differing!r}; it must be a mapping without {', '.join(_NOT_OF_A_LEVEL)}"
+                    )
                 _known(f"level {level}", differing, Phase)
                 self.on(level)
 
@@ -187,6 +214,10 @@ class AgentSDConfig:
         use_rand: random place of the destination in its cell; otherwise its top-left corner.
         seed: decides the random places, together with the timestep alone.
         controlnet: accelerate the pipeline's ControlNets too.
+        cross_reuse_from: progress from which on the outputs of the cross-attentions are held (T-GATE); None computes
+            them in every step.
+        refine: a safetensors file with a refinement of the UNet's agent attention, as `scripts/distill_bias.py` writes
+            it; None leaves AgentSD as it is.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -197,6 +228,8 @@ class AgentSDConfig:
     use_rand: bool = True
     seed: int = 0
     controlnet: bool = True
+    cross_reuse_from: float | None = None
+    refine: str | Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -213,6 +246,24 @@ class AgentSDConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**64 - 1")
         _boolean("controlnet", self.controlnet)
+        if self.cross_reuse_from is not None:
+            _number("cross_reuse_from", self.cross_reuse_from, 0, 1)
+            if any(part.merge_crossattn for phase in self.phases for part in phase.parts):
+                raise ValueError(
+                    f"cross_reuse_from is {self.cross_reuse_from!r}; it must be null where merge_crossattn is true"
+                )
+        if isinstance(self.refine, Path):
+            object.__setattr__(self, "refine", str(self.refine))
+        if self.refine is not None and (not isinstance(self.refine, str) or not self.refine):
+            raise ValueError(f"refine is {self.refine!r}; it must be null or the path of a safetensors file")
+        if self.refine and not any(part.attention == "agent" for phase in self.phases for part in phase.parts):
+            raise ValueError(f"refine is {self.refine!r}; it refines attention 'agent', which no phase has")
+
+    @property
+    def reuses(self) -> bool:
+        """Whether anything is kept from one call to the next."""
+        phases = (part for phase in self.phases for part in (phase, *phase.parts))
+        return self.cross_reuse_from is not None or any(p.reuse_interval > 1 or p.match_interval > 1 for p in phases)
 
     def ratio_of(self, phase: Phase) -> float:
         """The share of tokens that `phase` merges away."""

@@ -15,10 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.merging import destinations, step_key
 from agentsd.processor import AgentSDProcessor, Block, Plan, obstacle
+from agentsd.reuse import Reuse
 from agentsd.schedule import Clock, phase_at, progress
 
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
+
+    from agentsd.refine import Refinement
 
 Model = TypeVar("Model")
 
@@ -114,12 +117,19 @@ class Patch:
         if not self.covered and any(phase.acts for phase in config.phases):
             asked = [list(phase.levels or ()) for phase in config.phases if phase.acts]
             raise ValueError(f"levels is {asked}; {type(model).__name__} has self-attention at levels {present}")
+        self.refinements = self.read_refinements()
+        self.reuse: Reuse | None = None
+        if config.reuses:
+            self.reuse = Reuse(model, block_levels(model), config, self.parts, self.blocks)
         # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
         # partial is copied with the model.
         before_call = partial(torch.compiler.disable(Patch.before_call), self)
         self.handles: list[RemovableHandle] = []
         self.wrap_all()
         self.handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
+        if self.reuse:
+            self.reuse.install()
+            self.handles.append(model.register_forward_hook(partial(torch.compiler.disable(Reuse.end), self.reuse)))
 
     def on_levels(self, phase: Phase) -> dict[int, Phase]:
         """The levels of this model that a phase covers, and what it is there."""
@@ -140,8 +150,24 @@ class Patch:
                 phases = tuple(parts[layer.level] for parts in self.parts.values() if layer.level in parts)
                 block = self.blocks[layer.name] = Block(self.plans, layer.level, phases)
                 self.handles += block.hook(layer.block)
-            attn.set_processor(AgentSDProcessor(inner, self.blocks[layer.name]))
+            attn.set_processor(self.processor(inner, layer.name))
         return reason
+
+    def read_refinements(self) -> "dict[str, Refinement]":
+        """The refinements of `refine` by the names of their layers; a ControlNet has none."""
+        if self.config.refine is None or not is_unet(self.model):
+            return {}
+        from agentsd.refine import fitting, load_refinements
+
+        return fitting(load_refinements(self.config.refine), self)
+
+    def processor(self, inner: Any, name: str) -> AgentSDProcessor:
+        """The processor of a layer around its own."""
+        if name not in self.refinements:
+            return AgentSDProcessor(inner, self.blocks[name])
+        from agentsd.refine import RefinedProcessor
+
+        return RefinedProcessor(inner, self.blocks[name], self.refinements[name])
 
     def wrap_all(self) -> None:
         """Wrap every covered layer whose processor is not ours: IP-Adapters, xformers and slicing bring their own.
@@ -173,6 +199,8 @@ class Patch:
         """Forward pre-hook of the model: decide what each level does in this call."""
         self.plans.clear()
         if not self.enabled:
+            if self.reuse:
+                self.reuse.forget()
             return
         self.wrap_all()
         sample: Tensor = args[0] if args else kwargs["sample"]
@@ -181,16 +209,23 @@ class Patch:
         steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         phase = phase_at(self.config.phases, progress(timestep, steps))
         self.sample = (sample.shape[-2], sample.shape[-1])
+        for refinement in self.refinements.values():
+            refinement.to(sample.device)
         key = step_key(self.config.seed, timestep) if self.config.use_rand else None
         for level, part in self.parts[phase].items():
             grid = level_grid(self.sample, level)
             if part.acts and part.pays_on(grid):
                 places = destinations(grid, part.cell_on(grid), key, sample.device)
                 self.plans[level] = Plan(part, self.config.ratio_of(part), grid, places)
+        if self.reuse:
+            text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+            self.reuse.begin(phase, timestep, steps, self.clock, sample, text)
 
     def remove(self) -> None:
         """Give every layer its processor back and take the hooks off."""
         self.plans.clear()
+        if self.reuse:
+            self.reuse.remove()
         for handle in self.handles:
             handle.remove()
         for layer in self.covered:
@@ -212,6 +247,11 @@ def networks(model: Any, controlnet: bool = True) -> list[nn.Module]:
             f"model is a {type(model).__name__}; it must be a diffusers pipeline with a UNet, a UNet or a ControlNet"
         )
     return [net for part in (found if controlnet else found[:1]) for net in networks(part)]
+
+
+def is_unet(net: nn.Module) -> bool:
+    """Whether a network is a UNet, not a ControlNet."""
+    return hasattr(net, "up_blocks")
 
 
 def stock_module(net: nn.Module) -> nn.Module:
@@ -240,7 +280,8 @@ def apply(model: Model, config: AgentSDConfig | str | None = None, /, **override
         The same model.
 
     Raises:
-        ValueError: a value is out of range, or the model has no layer that the configuration covers.
+        ValueError: a value is out of range, the model has no layer that the configuration covers, or `refine` does not
+            fit it.
 
     Example:
         ```python
@@ -254,6 +295,8 @@ def apply(model: Model, config: AgentSDConfig | str | None = None, /, **override
         config = AgentSDConfig.from_preset(config)
     config = (config or AgentSDConfig()).replace(**overrides)
     nets = [stock_module(net) for net in networks(model, config.controlnet)]
+    if config.refine and not any(map(is_unet, nets)):
+        raise ValueError(f"refine is {config.refine!r}; it is for a UNet, not for a {type(nets[0]).__name__}")
     previous = [(net, patch) for net in map(stock_module, networks(model)) if (patch := patch_of(net))]
     remove(model)
     done: list[nn.Module] = []

@@ -108,11 +108,17 @@ def xformers_attention(op: Any) -> Attend:
 
 
 class Block:
-    """What the parts of one transformer block share in a call: the block's input, by which tokens are matched."""
+    """What the parts of one transformer block share in a call: the block's input, by which tokens are matched.
+
+    Where a match serves several steps, `kept` is one of an earlier call, and `made` is this call's.
+    """
 
     def __init__(self, plans: dict[int, Plan], level: int, phases: tuple[Phase, ...]) -> None:
         self.plans = plans
         self.level = level
+        self.several = any(phase.match_interval > 1 for phase in phases)
+        self.kept: Match | None = None
+        self.made: Match | None = None
         self.crossattn = any(phase.merge_crossattn for phase in phases)
         self.mlp = any(phase.merge_mlp for phase in phases)
         self.forget()
@@ -138,7 +144,9 @@ class Block:
         """The most similar destinations, found once per call."""
         if self._matched is None:
             assert self.x is not None
-            self._matched = match(self.x, plan.destinations)
+            self._matched = self.kept or match(self.x, plan.destinations)
+            if self.several and self.kept is None:
+                self.made = self._matched
         return self._matched
 
     def merged(self, plan: Plan) -> TokenMap | None:

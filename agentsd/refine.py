@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,27 +97,24 @@ class RefinedProcessor(AgentSDProcessor):
         return _out(attn, _heads(attn, out + refinement.convolve(v, plan.grid)))
 
 
-def attach(model: nn.Module, refinements: dict[str, Refinement]) -> None:
-    """Put refinements, by the names of their layers, on an accelerated UNet.
+def fitting(refinements: dict[str, Refinement], patch: Patch) -> dict[str, Refinement]:
+    """The refinements that do anything, once all are found to fit the layers that a patch covers.
 
     Raises:
-        ValueError: a layer is not there, not accelerated, or of another size.
+        ValueError: a layer is not there, not covered, or of another size.
     """
-    patch = _patch(model)
-    layers = {layer.name: layer for layer in patch.covered if layer.name in patch.blocks}
+    file, layers = patch.config.refine, {layer.name: layer.block.attn1 for layer in patch.covered}
     for name, refinement in refinements.items():
         if name not in layers:
-            raise ValueError(f"refine is for a layer {name}; {type(model).__name__} has {', '.join(layers)}")
-        attn = layers[name].block.attn1
-        heads, dim = len(refinement.b1), len(refinement.dwc)
-        if (heads, dim) != (attn.heads, attn.to_v.out_features):
+            kind = type(patch.model).__name__
+            raise ValueError(f"refine is {file!r}, with a layer {name}; {kind} is accelerated in {', '.join(layers)}")
+        attn, size = layers[name], (len(refinement.b1), len(refinement.dwc))
+        if size != (attn.heads, attn.to_v.out_features):
             raise ValueError(
-                f"refine has {heads} heads and {dim} channels for {name}, "
+                f"refine is {file!r}, with {size[0]} heads and {size[1]} channels for {name}, "
                 f"which has {attn.heads} and {attn.to_v.out_features}"
             )
-    for name, refinement in refinements.items():
-        attn = layers[name].block.attn1
-        attn.set_processor(RefinedProcessor(attn.processor.inner, patch.blocks[name], refinement))
+    return {name: part for name, part in refinements.items() if any(weight.any() for weight in part.parameters())}
 
 
 def save_refinements(refinements: dict[str, Refinement], file: Path) -> None:
@@ -131,17 +129,26 @@ def load_refinements(file: str | Path) -> dict[str, Refinement]:
     """Read what `save_refinements` wrote.
 
     Raises:
-        ValueError: the file does not hold refinements.
+        ValueError: the file is not there or does not hold refinements.
     """
-    state = load_file(file)
+    try:
+        state = load_file(file)
+    except FileNotFoundError:
+        raise ValueError(f"refine is {str(file)!r}; there is no such file") from None
+    except (OSError, SafetensorError) as reason:
+        raise ValueError(f"refine is {str(file)!r}; it cannot be read as safetensors ({reason})") from None
     refinements = {}
     for name in sorted({key.rpartition(".")[0] for key in state}):
         parts = {key: state.get(f"{name}.{key}") for key in ("b1", "b2", "dwc")}
-        missing = [key for key, value in parts.items() if value is None]
-        if missing:
-            raise ValueError(f"refine is {file}; it holds no {missing[0]} for {name or 'any layer'}")
-        refinements[name] = Refinement(len(state[f"{name}.b1"]), len(state[f"{name}.dwc"]))
-        refinements[name].load_state_dict({key: value.float() for key, value in parts.items() if value is not None})
+        if missing := [key for key, value in parts.items() if value is None]:
+            raise ValueError(f"refine is {str(file)!r}; it holds no {missing[0]} for {name or 'any layer'}")
+        refinement = Refinement(len(state[f"{name}.b1"]), len(state[f"{name}.dwc"]))
+        try:
+            refinement.load_state_dict({key: value.float() for key, value in parts.items() if value is not None})
+        except RuntimeError:
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in parts.items() if value is not None)
+            raise ValueError(f"refine is {str(file)!r}; {name} has {shapes}, not maps of 49×49 and 3×3") from None
+        refinements[name] = refinement.requires_grad_(False)
     return refinements
 
 
@@ -175,7 +182,8 @@ def collect(pipe: Any, config: AgentSDConfig, prompts: Sequence[str], **call: An
     """
     samples: list[Sample] = []
     with applied(pipe, config), disabled(pipe), ExitStack() as stack:
-        patch = _patch(pipe.unet)
+        patch = patch_of(pipe.unet)
+        assert patch is not None
         plans: dict[int, Plan] = {}
 
         def plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,10 +254,3 @@ def distill(
             schedule.step()
         refinements[name] = refinement
     return refinements
-
-
-def _patch(model: nn.Module) -> Patch:
-    patch = patch_of(model)
-    if patch is None:
-        raise ValueError(f"{type(model).__name__} is not accelerated; call agentsd.apply first")
-    return patch

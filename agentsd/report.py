@@ -1,5 +1,6 @@
 """What the acceleration does to each layer, as numbers and as a table."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.patch import Layer, Patch, find_layers, level_grid, networks, other_self_attention, patch_of, stock_module
 from agentsd.processor import AgentSDProcessor, Counts, counts, obstacle
+from agentsd.reuse import Reuse
 
 _STOCK = Phase(attention="stock")
 
@@ -24,6 +26,7 @@ class LayerReport:
         phases: what each phase does here.
         channels: width of the attention.
         note: why the layer is left alone, if it is although the configuration covers it.
+        refined: whether `refine` has a refinement of its agent attention.
     """
 
     name: str
@@ -33,6 +36,7 @@ class LayerReport:
     phases: tuple[Counts, ...]
     channels: int
     note: str = ""
+    refined: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Report:
     config: AgentSDConfig | None
     layers: tuple[LayerReport, ...]
     others: tuple[str, ...] = ()
+    reuse: tuple[str, ...] = ()
 
     def _shares(self) -> list[float]:
         ends = [phase.until for phase in self.config.phases] if self.config else [1.0]
@@ -68,7 +73,7 @@ class Report:
             cells = (
                 [f"left alone: {row.note}"] * len(row.phases)
                 if row.note
-                else [_words(what, row.tokens) for what in row.phases]
+                else [_words(what, row) for what in row.phases]
             )
             grid = f"{row.grid[0]}×{row.grid[1]}"
             table.append([row.name, str(row.level), grid, str(row.tokens), *cells, f"{self.saved(row):.0%}"])
@@ -78,13 +83,14 @@ class Report:
         ]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"saved of all self-attention products over the schedule: {self.saved():.0%}")
+        lines += self.reuse
         lines += [f"self-attention of {name} is left alone" for name in self.others]
         return "\n".join(lines)
 
 
-def _words(what: Counts, tokens: int) -> str:
+def _words(what: Counts, row: LayerReport) -> str:
     words = {
-        "agent": f"agent: {what.queries} tokens, {what.agents} agents",
+        "agent": f"agent: {what.queries} tokens, {what.agents} agents{', refined' if row.refined else ''}",
         "merge": f"merge: {what.queries} tokens",
         "kv": f"kv: {what.keys} agents",
         "stock": "stock: too few tokens to pay" if what.few else "stock",
@@ -103,7 +109,9 @@ def _row(prefix: str, layer: Layer, sample: tuple[int, int], patch: Patch | None
         counts(phase, patch.config.ratio_of(phase), grid) if patch and phase and not note else counts(_STOCK, 0.0, grid)
         for phase in phases
     )
-    return LayerReport(f"{prefix}.{layer.name}", layer.level, grid, grid[0] * grid[1], done, attn.inner_dim, note)
+    name, tokens = f"{prefix}.{layer.name}", grid[0] * grid[1]
+    refined = patch is not None and layer.name in patch.refinements
+    return LayerReport(name, layer.level, grid, tokens, done, attn.inner_dim, note, refined)
 
 
 def _sample_size(net: nn.Module) -> tuple[int, int]:
@@ -135,7 +143,25 @@ def describe(model: Any) -> Report:
     others = tuple(sorted({name for net in nets for name in other_self_attention(net)}))
     if config:
         rows = [_padded(row, len(config.phases)) for row in rows]
-    return Report(config, tuple(rows), others)
+    return Report(config, tuple(rows), others, tuple(_reuse(next((p.reuse for p in patches if p and p.reuse), None))))
+
+
+def _reuse(reuse: Reuse | None) -> Iterator[str]:
+    """Sentences on what is kept from call to call."""
+    if reuse is None:
+        return
+    start = 0.0
+    for phase in reuse.config.phases:
+        if phase in reuse.cuts:
+            layers = reuse.cuts[phase]
+            yield (
+                f"{start:g}–{phase.until:g}: one UNet call in {phase.reuse_interval} is whole; the others compute the "
+                f"outermost {layers if layers > 1 else ''} {'layers' if layers > 1 else 'layer'} of each side"
+            ).replace("  ", " ")
+        start = phase.until
+    if reuse.config.cross_reuse_from is not None:
+        yield f"{reuse.config.cross_reuse_from:g}–1: the outputs of the cross-attentions are held"
+    yield f"held between calls: at most {reuse.bytes / 2**20:.2g} MiB so far"
 
 
 def _padded(row: LayerReport, phases: int) -> LayerReport:

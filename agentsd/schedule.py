@@ -20,17 +20,26 @@ class Clock:
     """Reads timesteps from the device once per image.
 
     A pipeline hands the UNet one element after another of the scheduler's tensor of timesteps. The whole tensor is
-    read when its first
-    element is seen; the later ones are found by their place in the same storage, without waiting for the device.
+    read when its first element is seen; the later ones are found by their place in the same storage, without waiting
+    for the device.
+
+    Attributes:
+        schedule: all timesteps; empty where a timestep is not part of a longer tensor.
+        position: grows from step to step: the place in the schedule, or minus the timestep.
+        run: another object for each schedule.
     """
 
     def __init__(self) -> None:
         self._last: tuple[torch.UntypedStorage, int, torch.dtype] | None = None
         self._values: list[float] = []
+        self.schedule: list[float] = []
+        self.position: float = 0
+        self.run: object = None
 
     def read(self, timestep: Tensor | float) -> float:
         """The timestep as a number; of a batch of timesteps, the first."""
         if not isinstance(timestep, Tensor):
+            self._last, self.schedule, self.run, self.position = None, [], None, -float(timestep)
             return float(timestep)
         storage = timestep.untyped_storage()
         # A write into the tensor changes its version, unless it is an inference tensor, which has none.
@@ -43,4 +52,9 @@ class Clock:
             whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device)
             self._values = whole.set_(storage).tolist()
             self._last = storage, version, timestep.dtype
-        return float(self._values[timestep.storage_offset()])
+            self.schedule = self._values if len(self._values) > timestep.numel() else []
+            self.run = object() if self.schedule else None
+        place = int(timestep.storage_offset())
+        value = float(self._values[place])
+        self.position = place if self.schedule else -value
+        return value

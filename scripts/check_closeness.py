@@ -1,6 +1,7 @@
 """How close accelerated images of the embedded model lie to the stock images of the same seeds, in dB PSNR.
 
 Usage: python scripts/check_closeness.py --prompts 12 --dtype bfloat16 --output benchmarks/results/cpu-closeness.json
+       python scripts/check_closeness.py --steps 50 --method turbo turbo:reuse_interval=3 deepcache:cache_interval=3
 """
 
 import argparse
@@ -9,16 +10,17 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-import agentsd
 from agentsd import AgentSDConfig, pipelines
 from agentsd.benchmark import environment
 from agentsd.cli.comparison import psnr
 from agentsd.demo.accuracy import held_out_prompts
+from agentsd.evaluation import methods
 
 
 def main() -> None:
@@ -26,32 +28,46 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, one image each (default: 12)")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--preset", nargs="+", default=AgentSDConfig.presets(), help="default: all")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=AgentSDConfig.presets(),
+        help="as agentsd-eval takes them (default: every preset)",
+    )
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
 
     pipe = pipelines.load("demo", device="cpu", dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
+    drawers = {"stock": pipe} | {text: methods.prepared(pipe, methods.method(text)) for text in args.method}
     prompts = held_out_prompts(args.prompts)
 
-    def draw(index: int) -> Image:
+    def draw(text: str, index: int) -> Image:
         seed = torch.Generator().manual_seed(index)
-        call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "generator": seed}
-        image: Image = pipe(prompts[index], **call).images[0]
+        call: dict[str, Any] = {
+            "num_inference_steps": args.steps,
+            "guidance_scale": args.guidance_scale,
+            "generator": seed,
+        }
+        if args.size:
+            call |= {"height": args.size, "width": args.size}
+        image: Image = drawers[text](prompts[index], **call).images[0]
         return image
 
-    decibels: dict[str, list[float]] = {preset: [] for preset in args.preset}
+    decibels: dict[str, list[float]] = {text: [] for text in args.method}
     for index in tqdm(range(len(prompts)), unit="prompt"):
-        stock = draw(index)
-        for preset, values in decibels.items():
-            with agentsd.applied(pipe, preset):
-                values.append(psnr(draw(index), stock))
-    print("| preset | PSNR to the stock image, mean / worst, dB |\n|---|---|")
-    for preset, values in decibels.items():
-        print(f"| {preset} | {statistics.mean(values):.1f} / {min(values):.1f} |")
+        stock = draw("stock", index)
+        for text, values in decibels.items():
+            values.append(psnr(draw(text, index), stock))
+    print("| method | PSNR to the stock image, mean / worst, dB |\n|---|---|")
+    for text, values in decibels.items():
+        print(f"| {text} | {statistics.mean(values):.1f} / {min(values):.1f} |")
     if args.output:
         settings = {"prompts": args.prompts, "steps": args.steps, "guidance_scale": args.guidance_scale}
+        if args.size:
+            settings["size"] = args.size
         command = shlex.join(["python", "scripts/check_closeness.py", *sys.argv[1:]])
         result = {
             "command": command,

@@ -167,8 +167,10 @@ def plot(result: dict[str, Any], picture: Path) -> None:
     for variant, steps in result["steps"].items():
         sides = sorted(int(side) for side in steps)
         times = [1000 * steps[str(side)]["cpu_seconds"] for side in sides]
-        style = "k-" if variant == "softmax" else "-"
-        right.loglog([(side // PATCH) ** 2 for side in sides], times, style, marker="o", label=variant)
+        tokens = [(side // PATCH) ** 2 for side in sides]
+        right.loglog(tokens, times, "k-" if variant == "softmax" else "-", marker="o", label=variant)
+        right.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        right.minorticks_off()
     right.set(xlabel="tokens", ylabel="CPU ms of a training step", title="longer inputs")
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -226,9 +228,8 @@ def main() -> None:
                 write(json.dumps(result, indent=1) + "\n", args.output)
     plot(result, args.output.with_suffix(".png"))
     if args.document.exists():
-        text = args.document.read_text(encoding="utf-8")
-        before, after = text.split(START)[0], text.split(END)[1]
-        write(f"{before}{START}\n\n{table(result)}\n{END}{after}", args.document)
+        before, rest = args.document.read_text(encoding="utf-8").split(START)
+        write(f"{before}{START}\n\n{table(result)}\n{END}{rest.split(END, 1)[1]}", args.document)
     print(table(result))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,9 +22,10 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     return torch.einsum("bhmn,bhnd->bhmd", weights / weights.sum(-1, keepdim=True), v)
 
 
+@settings(deadline=None)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 9)),
-    st.sampled_from([None, "all heads", "each batch element"]),
+    st.sampled_from([None, "all heads", "each batch element", "each query"]),
     st.sampled_from([None, 0.3]),
     st.tuples(st.integers(1, 5000), st.integers(1, 40)),
 )
@@ -34,6 +35,7 @@ def test_any_shape_mask_scale_and_block(
     batch, count, m, n, size = shape
     q, k, v = heads(batch, count, m, size), heads(batch, count, n, size, 1), heads(batch, count, n, size, 2)
     mask = heads(1 if masked == "all heads" else batch, 1, 1, n, 3) if masked else None
+    mask = heads(batch, count, m, n, 3) if masked == "each query" else mask
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_SCORES_AT_ONCE", blocks[0])
         patch.setattr(attention, "_ROWS_AT_ONCE", blocks[1])

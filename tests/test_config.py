@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentsd import AgentSDConfig, Phase
@@ -35,11 +35,13 @@ def phases() -> st.SearchStrategy[Phase]:
     )
 
 
-@given(phases(), st.floats(0, 0.75), st.booleans(), st.integers(0, 2**64 - 1))
+@settings(deadline=None)
+@given(phases(), st.floats(0, 0.75), st.booleans(), st.integers(0, 2**64 - 1), st.none() | st.just(Path("re fine.st")))
 def test_yaml_reads_back_equal(
-    tmp_path_factory: pytest.TempPathFactory, phase: Phase, ratio: float, rand: bool, seed: int
+    tmp_path_factory: pytest.TempPathFactory, phase: Phase, ratio: float, rand: bool, seed: int, refine: Path | None
 ) -> None:
-    config = AgentSDConfig(ratio=ratio, phases=(phase,), use_rand=rand, seed=seed)
+    refine = refine if phase.attention == "agent" and not isinstance(phase.levels, dict) else None
+    config = AgentSDConfig(ratio=ratio, phases=(phase,), use_rand=rand, seed=seed, refine=refine)
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
     config.to_file(path)
     assert AgentSDConfig.from_file(path) == config
@@ -102,6 +104,9 @@ def test_every_preset_loads(name: str) -> None:
         (lambda: AgentSDConfig(phases=()), "phases is"),
         (lambda: AgentSDConfig(seed=-1), "seed is -1"),
         (lambda: AgentSDConfig(use_rand="yes"), "use_rand is 'yes'"),
+        (lambda: AgentSDConfig(refine=3), "refine is 3; it must be null or the path of a safetensors file"),
+        (lambda: AgentSDConfig(refine=""), "refine is ''; it must be null or the path"),
+        (lambda: AgentSDConfig.from_preset("fast").replace(refine="a"), "refine is 'a'; it refines attention 'agent'"),
         (lambda: AgentSDConfig().replace(rato=0.4), "no field 'rato'; its fields are ratio, phases"),
         (lambda: AgentSDConfig.from_dict({"phases": [{"strid": 2}]}), "phase has no field 'strid'"),
         (lambda: AgentSDConfig.from_dict([1]), "must be a mapping"),

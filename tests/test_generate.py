@@ -31,6 +31,7 @@ from agentsd.cli.comparison import comparison, difference, psnr
 from agentsd.cli.generate import main
 from agentsd.cli.images import Output, write_png
 from agentsd.cli.parameters import format_parameters, parse_parameters, read_parameters
+from agentsd.refine import Refinement, save_refinements
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -563,6 +564,10 @@ def test_full_disk_leaves_no_half_file(run: Run, tmp_path: Path, monkeypatch: py
         ("--device cuda:99", "device 'cuda:99' does not exist here; there is"),
         ("--device meta", "device 'meta' does not exist here"),
         ("--attention-backend nosuch", "attention backend 'nosuch' cannot be used here"),
+        ("--refine nosuch.safetensors", "refine is 'nosuch.safetensors'; there is no such file"),
+        ("--refine broken.safetensors", "broken.safetensors'; it cannot be read as safetensors"),
+        ("--refine cut.safetensors --preset fast", "it refines attention 'agent', which no phase has"),
+        ("--refine cut.safetensors --stock", "--stock excludes --refine"),
         ("--lora nosuch.safetensors", "LoRA nosuch.safetensors must be"),
         ("--strength 0.5", "--strength needs --init-image"),
         ("--mask start.png", "--mask needs --init-image"),
@@ -680,6 +685,30 @@ def test_repeating_needs_the_same_initial_image(run: Run, tmp_path: Path, change
     assert message in err
     Image.new("RGB", (64, 64)).save(tmp_path / "start.png")
     assert run("--from-png", "outputs/agentsd-0001.png", "--init-image", "start.png", prompt=False)[0] == 0
+
+
+def test_refinement_is_recorded_with_the_image(
+    run: Run, tiny_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Refinement(2, 16)
+    torch.nn.init.normal_(layer.dwc, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "refine.safetensors"
+    save_refinements({"down_blocks.0.attentions.0.transformer_blocks.0.attn1": layer}, file)
+    early = "--set", "0/until=0.8"  # agents in the first of two steps
+    run(*early)
+    run(*early, "--refine", file.name, "--output", "refined.png")
+    assert not np.array_equal(pixels("refined.png"), pixels("outputs/agentsd-0001.png"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = "--from-png", tmp_path / "refined.png"
+    assert run(*again, "--output", "again.png", prompt=False)[0] == 0
+    np.testing.assert_array_equal(pixels("again.png"), pixels(tmp_path / "refined.png"))
+    assert run(*again, "--preset", "paper", *early, "--output", "without.png", prompt=False)[0] == 0
+    np.testing.assert_array_equal(pixels("without.png"), pixels(tmp_path / "outputs/agentsd-0001.png"))
+    save_refinements({}, file)
+    code, out, err = run(*again, prompt=False)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the refine has changed since" in err
 
 
 def test_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,18 @@
 """The optional refinement: nothing while it is zero, what it says when it is not, and better after training."""
 
+import copy
 import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,13 +25,13 @@ from agentsd.refine import (
     RefinedProcessor,
     Refinement,
     Sample,
-    attach,
     collect,
     distill,
     error,
     load_refinements,
     save_refinements,
 )
+from operations import image_embedding, load_ip_adapter
 from reference import fold, merge, pool, project, softmax
 from reference_nn import convolved, resized
 
@@ -122,34 +126,100 @@ def test_zero_changes_nothing(tiny_unet: Callable[..., Any], phase: Phase) -> No
     torch.testing.assert_close(called(attn, x, y, phase, 0.4, Refinement(attn.heads, 16)), plain)
 
 
-def call(unet: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    sample, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 5, 32, generator=generator)
+def test_half_precision(tiny_unet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fused kernel and with the blocks of matrix products that some CPUs take."""
+    attn, refinement = layer_of(tiny_unet()).double(), random_refinement(2, 16)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 48, 16, generator=generator, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        out: Tensor = unet(sample, 900, text).sample
-    return out
+        exact = called(attn, x, y, Phase(stride=2), 0.4, refinement)
+        for faster in (False, True):
+            monkeypatch.setattr("agentsd.attention._PRODUCTS_ARE_FASTER", faster)
+            out = called(attn.bfloat16(), x, y.bfloat16(), Phase(stride=2), 0.4, refinement).double()
+            assert (out - exact).norm() < 0.03 * exact.norm()
 
 
-def test_attached_to_a_unet_and_removed(tiny_unet: Callable[..., Any], tmp_path: Path) -> None:
+def layers_of(unet: Any) -> list[str]:
+    with agentsd.applied(unet, CONFIG):
+        return [layer.name for layer in patch_of(unet).covered]
+
+
+def written(file: Path, unet: Any, make: Callable[[int, int], Refinement] = random_refinement) -> Path:
+    save_refinements({name: make(2, 16) for name in layers_of(unet)}, file)
+    return file
+
+
+def drawn(pipe: Any, **arguments: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    image: Tensor = pipe("a", num_inference_steps=2, output_type="latent", generator=generator, **arguments).images
+    return image
+
+
+def test_refined_pipeline_and_the_way_back(tiny_pipeline: Any, tmp_path: Path) -> None:
+    pipe, unet = tiny_pipeline, tiny_pipeline.unet
+    stock, keys = drawn(pipe), set(unet.state_dict())
+    plain = drawn(agentsd.apply(pipe, CONFIG))
+    zero = written(tmp_path / "zero.safetensors", unet, Refinement)
+    assert torch.equal(drawn(agentsd.apply(pipe, CONFIG, refine=zero)), plain)
+    assert "refined" not in str(agentsd.describe(pipe))
+
+    file = written(tmp_path / "refine.safetensors", unet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["refine.safetensors", "zero.safetensors"]
+    refined = drawn(agentsd.apply(pipe, CONFIG, refine=file))
+    assert not torch.allclose(refined, plain, atol=1e-2)
+    report = str(agentsd.describe(pipe))
+    assert report.count("16 agents, refined") == report.count("agent:") == len(layers_of(unet))
+    assert set(unet.state_dict()) == keys
+    with pytest.raises(ValueError, match="no such file"):
+        agentsd.apply(pipe, refine=tmp_path / "none.safetensors")
+    unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(drawn(pipe), refined), "other processors came, and a refusal before them changed nothing"
+    unet.fuse_qkv_projections()
+    torch.testing.assert_close(drawn(pipe), refined)
+    unet.unfuse_qkv_projections()
+    assert torch.equal(drawn(copy.deepcopy(pipe)), refined)
+    with agentsd.disabled(pipe):
+        assert torch.equal(drawn(pipe), stock)
+    with agentsd.applied(pipe, CONFIG):
+        assert torch.equal(drawn(pipe), plain)
+    assert torch.equal(drawn(pipe), refined)
+
+    agentsd.remove(pipe)
+    assert torch.equal(drawn(pipe), stock)
+    assert not any(isinstance(processor, AgentSDProcessor) for processor in unet.attn_processors.values())
+    assert torch.equal(drawn(agentsd.apply(pipe, CONFIG, refine=str(file))), refined)
+
+
+def test_refinement_stays_beside_an_ip_adapter(tiny_pipeline: Any, tmp_path: Path) -> None:
+    file = written(tmp_path / "refine.safetensors", tiny_pipeline.unet)
+    agentsd.apply(tiny_pipeline, CONFIG, refine=file)
+    load_ip_adapter(tiny_pipeline)
+    arguments = image_embedding(tiny_pipeline, {})
+    before = drawn(tiny_pipeline, **arguments)
+    assert torch.equal(drawn(agentsd.apply(tiny_pipeline, CONFIG, refine=file), **arguments), before)
+    assert not torch.allclose(drawn(agentsd.apply(tiny_pipeline, CONFIG), **arguments), before, atol=1e-2)
+
+
+def test_refined_blocks_compile_in_one_graph(tiny_unet: Callable[..., Any], tmp_path: Path) -> None:
+    unet = tiny_unet().requires_grad_(False)
+    agentsd.apply(unet, CONFIG, refine=written(tmp_path / "refine.safetensors", unet))
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor(900), torch.randn(2, 5, 32)
+    eager = unet(*inputs).sample
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(unet(*inputs).sample, eager)
+
+
+def test_a_controlnet_is_not_refined(tiny_unet: Callable[..., Any], tmp_path: Path) -> None:
     unet = tiny_unet()
-    stock = call(unet)
-    agentsd.apply(unet, CONFIG)
-    plain = call(unet)
-    names = [layer.name for layer in patch_of(unet).covered]
-    attach(unet, {name: Refinement(2, 16) for name in names})
-    torch.testing.assert_close(call(unet), plain)
-    file = tmp_path / "refine.safetensors"
-    save_refinements({name: random_refinement(2, 16) for name in names}, file)
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    attach(unet, load_refinements(file))
-    refined = call(unet)
-    assert not torch.allclose(refined, plain, atol=1e-3)
-    assert torch.equal(call(unet), refined)
-    with agentsd.disabled(unet):
-        assert torch.equal(call(unet), stock)
-    agentsd.remove(unet)
-    assert torch.equal(call(unet), stock)
-    assert not any(isinstance(processor, RefinedProcessor) for processor in unet.attn_processors.values())
+    control = ControlNetModel.from_unet(unet)
+    file = written(tmp_path / "refine.safetensors", unet)
+    pipe = SimpleNamespace(unet=unet, controlnet=control)
+    agentsd.apply(pipe, CONFIG, refine=file)
+    rows = {row.name: row.refined for row in agentsd.describe(pipe).layers if row.phases[0].attention == "agent"}
+    assert {name.split(".")[0]: refined for name, refined in rows.items()} == {"unet": True, "controlnet": False}
+    with pytest.raises(ValueError, match=r"refine is '.*'; it is for a UNet, not for a ControlNetModel"):
+        agentsd.apply(control, CONFIG, refine=file)
 
 
 def test_training_finds_a_refinement_that_is_there(tiny_pipeline: Any) -> None:
@@ -184,18 +254,30 @@ def test_samples_are_what_stock_computes(tiny_pipeline: Any) -> None:
 
 
 def test_bad_refinements(tiny_unet: Callable[..., Any], tmp_path: Path) -> None:
-    unet = tiny_unet()
-    with pytest.raises(ValueError, match=r"UNet2DConditionModel is not accelerated; call agentsd\.apply first"):
-        attach(unet, {})
-    agentsd.apply(unet, CONFIG)
-    with pytest.raises(ValueError, match="refine is for a layer mid; UNet2DConditionModel has down_blocks"):
-        attach(unet, {"mid": Refinement(2, 16)})
-    name = patch_of(unet).covered[0].name
-    with pytest.raises(ValueError, match=f"refine has 4 heads and 16 channels for {name}, which has 2 and 16"):
-        attach(unet, {name: Refinement(4, 16)})
-    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"refine is .*other.safetensors; it holds no b1 for any layer"):
-        load_refinements(tmp_path / "other.safetensors")
+    unet, file = tiny_unet(), tmp_path / "refine.safetensors"
+    name = layers_of(unet)[0]
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=f"refine is '.*refine.safetensors'[;,] {message}"):
+            agentsd.apply(unet, CONFIG, refine=file)
+        assert not agentsd.is_applied(unet)
+
+    refused("there is no such file")
+    file.write_bytes(b"no")
+    refused("it cannot be read as safetensors")
+    save_file({"weight": torch.ones(1)}, file)
+    refused("it holds no b1 for any layer")
+    save_file({f"{name}.{key}": value for key, value in Refinement(2, 16).state_dict().items() if key != "dwc"}, file)
+    refused(f"it holds no dwc for {name}")
+    save_file({f"{name}.{key}": torch.ones(2, 5, 5) for key in ("b1", "b2", "dwc")}, file)
+    refused(rf"{name} has b1 \(2, 5, 5\), b2 .*, not maps of 49×49 and 3×3")
+    save_refinements({"mid": Refinement(2, 16)}, file)
+    refused("with a layer mid; UNet2DConditionModel is accelerated in down_blocks")
+    save_refinements({name: Refinement(4, 16)}, file)
+    refused(f"with 4 heads and 16 channels for {name}, which has 2 and 16")
+    file.unlink()
+    file.mkdir()
+    refused("it cannot be read as safetensors")
 
 
 @pytest.mark.slow

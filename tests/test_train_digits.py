@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str | Path) -> dict[str, Any]
 def test_it_trains_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, document = tmp_path / "digits.json", tmp_path / "module.md"
     script = runpy.run_path(str(SCRIPT))
-    document.write_text(f"before\n{script['START']}\nold\n{script['END']}\nafter\n", encoding="utf-8")
+    document.write_text(f"before\n{script['START']}\nold\n{script['END']}\nafter\n{script['END']}\n", encoding="utf-8")
     where = ["--output", output, "--document", document]
     run(monkeypatch, *OPTIONS, *where)
     first = json.loads(output.read_text())
@@ -39,7 +39,7 @@ def test_it_trains_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.json", "digits.png", "module.md"]
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    assert text.endswith(f"\nafter\n{script['END']}\n"), "another script's tables come later"
     assert "old" not in text
     assert script["table"](second) in text
 

@@ -41,6 +41,7 @@ class Settings:
     config: Path | None = None
     ratio: float | None = None
     set: list[str] = field(default_factory=list)
+    refine: Path | None = None
     attention_backend: str | None = None
     compile: bool = False
     steps: int = 0
@@ -142,6 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         metavar="PHASE/FIELD=VALUE",
         help="change a field of a phase (0 is the first, * is all), or FIELD=VALUE of the configuration; repeatable",
+    )
+    group.add_argument(
+        "--refine", type=Path, metavar="FILE", help="a trained refinement of the agent attention, as safetensors"
     )
     group.add_argument(
         "--attention-backend",

@@ -274,10 +274,12 @@ def markdown(result: dict[str, Any]) -> str:
         what = f"one self-attention layer of SD 1.5's finest grid, batch {setting['batch']}, {setting['dtype']}"
         tables.append((f"{what}, {_machine(environment)}", table))
     elif "psnr" in result:
-        table = [["preset", "PSNR to the stock image, mean / worst, dB"]]
+        table = [["method", "PSNR to the stock image, mean / worst, dB"]]
         for name, decibels in result["psnr"].items():
             table.append([name, f"{statistics.mean(decibels):.1f} / {min(decibels):.1f}"])
-        what = f"the embedded model, {result['prompts']} held-out prompts, {result['steps']} steps, {result['dtype']}"
+        size = f", {result['size']} pixels a side" if "size" in result else ""
+        steps = f"{result['steps']} steps{size}"
+        what = f"the embedded model, {result['prompts']} held-out prompts, {steps}, {result['dtype']}"
         tables.append((f"{what}, {_machine(environment)}", table))
     elif "parts" in result:
         table = [["ms", *next(iter(result["parts"].values())), "sum"]]

@@ -155,8 +155,11 @@ def _threads(count: int) -> Iterator[None]:
 
 def _plan(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Plan:
     from agentsd import pipelines
+    from agentsd.refine import load_refinements
 
     config = _config(settings, given, recorded)
+    if config and config.refine:
+        load_refinements(config.refine)
     if settings.compare and config is None:
         raise ValueError("--compare shows stock and accelerated: leave out --stock, or name a --preset")
     batches = _batches(settings, given, recorded)
@@ -173,7 +176,8 @@ def _plan(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Plan
     for lora, _ in loras:
         pipelines.check_lora(lora)
     for option, hashes in recorded.files.items():
-        if option not in given and hashes != [pipelines.sha256(file) for file in _files(settings)[option]]:
+        files = _files(settings, config)[option]
+        if option not in given and files and hashes != [pipelines.sha256(file) for file in files]:
             raise ValueError(f"the {option.replace('_', ' ')} has changed since {settings.from_png} was made")
     path = pipelines.find(settings.model, allow_pickle=settings.allow_pickle)
     _check_size(settings, pipelines.size_multiple(path))
@@ -191,7 +195,7 @@ def _plan(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Plan
 def _config(settings: Settings, given: dict[str, Any], recorded: Recorded) -> "AgentSDConfig | None":
     from agentsd import AgentSDConfig
 
-    changes = [f"--{name}" for name in ("preset", "config", "ratio", "set") if name in given]
+    changes = [f"--{name}" for name in ("preset", "config", "ratio", "set", "refine") if name in given]
     if settings.stock:
         if changes:
             raise ValueError(f"--stock excludes {' and '.join(changes)}")
@@ -226,6 +230,8 @@ def _changed(config: "AgentSDConfig", settings: Settings) -> "AgentSDConfig":
         chosen = phases if phase == "*" else [phase]
         for scope in [values["phases"][int(index)] for index in chosen] if slash else [values]:
             scope[name] = value
+    if refine := settings.refine or values["refine"]:
+        values["refine"] = _absolute(refine)
     changed = type(config).from_dict(values)
     if settings.ratio is not None and not _uses_ratio(changed):
         raise ValueError(f"--ratio {settings.ratio:g} plays no part: every phase has its own ratio or needs none")
@@ -283,13 +289,14 @@ def _lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
-def _files(settings: Settings) -> dict[str, list[Path]]:
+def _files(settings: Settings, config: "AgentSDConfig | None") -> dict[str, list[Path]]:
     from agentsd.pipelines import check_lora
 
     return {
         "init_image": [settings.init_image] if settings.init_image else [],
         "mask": [settings.mask] if settings.mask else [],
         "lora": [check_lora(_lora(text)[0]) for text in settings.lora],
+        "refine": [Path(config.refine)] if config and config.refine else [],
     }
 
 
@@ -493,7 +500,9 @@ def _fields(
         "mask": settings.mask and _absolute(settings.mask),
         "versions": _versions(),
         "sha256": {
-            option: [pipelines.sha256(file) for file in files] for option, files in _files(settings).items() if files
+            option: [pipelines.sha256(file) for file in files]
+            for option, files in _files(settings, plan.config).items()
+            if files
         },
     }
     width, height = call["image"].size if "image" in call else (call["width"], call["height"])

@@ -34,15 +34,17 @@ def draw(result: dict[str, Any], output: Path) -> Path:
                 style = {"stock": "k-", "floor": "k:"}.get(name.split(" (")[0], "-")
                 axis.plot(list(values), list(values.values()), style, marker="o", label=name)
             else:
-                axis.bar(name, next(iter(values.values())), color="0.4" if name in ("stock", "floor") else None)
-        axis.set(title=title, ylabel=unit)
+                axis.barh(name, next(iter(values.values())), color="0.4" if name in ("stock", "floor") else None)
+        axis.set_title(title)
         if several:
+            axis.set_ylabel(unit)
             axis.set_xlabel(across)
             axis.legend()
             if "layers" in result:
                 axis.loglog(base=2)
         else:
-            axis.tick_params(axis="x", rotation=30)
+            axis.set_xlabel(unit)
+            axis.invert_yaxis()
         axis.grid(alpha=0.3)
     picture = output.with_suffix(".png")
     figure.savefig(picture, dpi=110)

@@ -1,0 +1,1 @@
+"""Evaluation that anyone can repeat: protocols, sharded and resumable generation, metrics, report."""

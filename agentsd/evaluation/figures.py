@@ -1,0 +1,163 @@
+"""Figures of an evaluation, as SVG that takes its colours from the page around it."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from agentsd.benchmark import parse
+from agentsd.evaluation.networks import needs
+
+INK = "#123456"  # becomes the colour of the page's text
+COLOURS = {
+    "stock": "#7f7f7f",
+    "tomesd": "#e08214",
+    "paper": "#3b7dd8",
+    "faithful": "#2ca05a",
+    "fast": "#12a8a8",
+    "turbo": "#7b61d9",
+    "hires": "#8a8f2a",
+    "deepcache": "#a05bc8",
+    "tgate": "#c2556b",
+}
+OTHERS = ("#b8860b", "#5b8a3c", "#8a6d5b", "#d06fa8")
+
+
+def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Title and SVG of each figure: quality against speed with the Pareto front, and bars with intervals."""
+    with needs("matplotlib", "eval"):
+        import matplotlib
+
+    matplotlib.use("Agg")
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "agentsd",
+        "font.size": 9,
+        "font.family": "sans-serif",
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "text.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+    drawn = []
+    with matplotlib.rc_context(style):
+        for column in pictured(result):
+            if all("time" in row for row in result["methods"]) and len(result["methods"]) > 1:
+                drawn.append((f"{column['label']} against speed", _scatter(result, column)))
+            title = f"{column['label']}, with intervals"
+            if any("difference" in row["scores"].get(column["key"], {}) for row in result["methods"]):
+                title += "; dark: that of the difference to stock"
+            drawn.append((title, _bars(result, column)))
+    return drawn
+
+
+def pictured(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores that are drawn: the first distance to the reference, the first of adherence and closeness to stock."""
+    keys = [column["key"] for column in result["columns"]]
+    chosen = [
+        next((key for key in keys if test(key)), None)
+        for test in (
+            lambda key: key.endswith("_frechet"),
+            lambda key: key in ("clip", "attributes_all"),
+            lambda key: key in ("psnr", "lpips", "ssim"),
+        )
+    ]
+    return [column for column in result["columns"] if column["key"] in chosen]
+
+
+def pareto(points: Sequence[tuple[float, float]], less: bool) -> list[int]:
+    """Which of the points (speed, quality) no other beats in one without losing in the other, by rising speed."""
+    sign = -1 if less else 1
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -sign * points[i][1]))
+    best, front = -math.inf, []
+    for index in order:
+        if sign * points[index][1] > best:
+            best = sign * points[index][1]
+            front.append(index)
+    return front[::-1]
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name) or OTHERS[sum(name.encode()) % len(OTHERS)]
+
+
+def _known(result: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [row for row in result["methods"] if row["scores"].get(key, {}).get("value") is not None]
+
+
+def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.8, 3.7), layout="constrained")
+    rows = [row for row in _known(result, column["key"]) if "speed" in row["time"]]
+    points = [(row["time"]["speed"], row["scores"][column["key"]]["value"]) for row in rows]
+    front = pareto(points, column["better"] == "less")
+    axis.plot(
+        *zip(*[points[i] for i in front], strict=True),
+        color=INK,
+        alpha=0.25,
+        linewidth=5,
+        zorder=1,
+        label="Pareto front",
+    )
+    families: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        families.setdefault(parse(row["method"])[0], []).append(index)
+    for name, members in families.items():
+        xs, ys = zip(*[points[i] for i in members], strict=True)
+        axis.plot(xs, ys, color=_colour(name), marker="o", markersize=5, linewidth=1, label=name, zorder=3)
+        for i in members:
+            row = rows[i]["scores"][column["key"]]
+            if "interval" in row:
+                axis.plot([points[i][0]] * 2, row["interval"], color=_colour(name), alpha=0.45, linewidth=1.5, zorder=2)
+            if len(members) > 1:
+                text = ",".join(str(value) for value in parse(rows[i]["method"])[1].values())
+                axis.annotate(text, points[i], xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
+    arrow = {"less": " (less is better)", "more": " (more is better)"}.get(column["better"], "")
+    axis.set(xlabel="speed, × stock", ylabel=f"{column['label']}{arrow}")
+    axis.grid(alpha=0.2, color=INK)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    return _svg(figure, f"{column['label']} against speed")
+
+
+def _bars(result: dict[str, Any], column: dict[str, Any]) -> str:
+    from matplotlib import pyplot as plt
+
+    rows = _known(result, column["key"])[::-1]
+    figure, axis = plt.subplots(figsize=(4.8, 0.9 + 0.24 * len(rows)), layout="constrained")
+    values = [row["scores"][column["key"]]["value"] for row in rows]
+    low, high = min(values), max(values)
+    for place, row in enumerate(rows):
+        found, colour = row["scores"][column["key"]], _colour(parse(row["method"])[0])
+        if "interval" in found:
+            axis.plot(found["interval"], [place] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
+            low, high = min(low, found["interval"][0]), max(high, found["interval"][1])
+        axis.plot(found["value"], place, "o", color=colour, markersize=5)
+        if "difference" in found:
+            ends = [found["value"] - found["difference"]["value"] + end for end in found["difference"]["interval"]]
+            axis.plot(ends, [place] * 2, color=colour, linewidth=2)
+        if row["method"] == result["methods"][0]["method"]:
+            axis.axvline(found["value"], color=INK, alpha=0.35, linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlabel({"less": "← less is better", "more": "more is better →"}.get(column["better"], ""))
+    axis.grid(alpha=0.2, color=INK, axis="x")
+    return _svg(figure, f"{column['label']}, with intervals")
+
+
+def _svg(figure: Any, title: str) -> str:
+    from matplotlib import pyplot as plt
+
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": title})
+    plt.close(figure)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    return text.replace("<svg ", '<svg role="img" ', 1)

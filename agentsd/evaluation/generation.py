@@ -1,0 +1,286 @@
+"""Making the images of an evaluation, on any number of processes and as often interrupted as need be.
+
+Images are made in batches of the protocol's size, whose members follow from their indices alone; processes share the
+batches among themselves. So kernels meet the same shapes, and every image is the same bits, whoever makes it and when.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm.auto import tqdm
+
+from agentsd.benchmark import environment
+from agentsd.evaluation.files import is_finished, read_json, write_json, write_png
+from agentsd.evaluation.methods import Method, prepared
+from agentsd.evaluation.protocols import Protocol
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is made, and where.
+
+    Attributes:
+        protocol: what to make.
+        methods: those that are made here.
+        prompts: one for each image of the protocol.
+        limit: how many images of each method.
+        model: name and fingerprint of the model.
+        output: folder of the run.
+        device, dtype, threads: what computes; the threads count on a CPU alone.
+    """
+
+    protocol: Protocol
+    methods: tuple[Method, ...]
+    prompts: tuple[str, ...]
+    limit: int
+    model: tuple[str, str]
+    output: Path
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything on which the bits of an image depend, but its method, its prompt and its seed."""
+        import diffusers
+        import transformers
+
+        keys = ("sampler", "steps", "guidance", "width", "height", "batch")
+        values = {key: getattr(self.protocol, key) for key in keys}
+        return values | {
+            "model": self.model[1],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "threads": self.threads if self.device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def path(self, method: Method, index: int) -> Path:
+        """Where an image lies."""
+        return self.output / "images" / method.folder / f"{index:05d}.png"
+
+    def paths(self, method: Method) -> list[Path]:
+        """Where the images of a method lie."""
+        return [self.path(method, index) for index in range(self.limit)]
+
+    def text(self, method: Method, index: int) -> dict[str, Any]:
+        """What an image's file says about it."""
+        return {
+            "method": method.text,
+            "settings": method.settings,
+            "index": index,
+            "seed": self.protocol.seed + index,
+            "prompt": self.prompts[index],
+            **self.identity,
+        }
+
+    def batches(self) -> list[list[int]]:
+        """The indices of each batch; the last one goes beyond the limit, to the end of the protocol."""
+        step, number = self.protocol.batch, len(self.prompts)
+        return [list(range(start, min(start + step, number))) for start in range(0, self.limit, step)]
+
+    def missing(self) -> list[tuple[list[int], list[Method]]]:
+        """Batches with the methods of which an image is not finished."""
+        return [
+            (indices, todo)
+            for indices in self.batches()
+            if (
+                todo := [
+                    method
+                    for method in self.methods
+                    if not all(is_finished(self.path(method, i), self.text(method, i)) for i in indices)
+                ]
+            )
+        ]
+
+    def check(self) -> None:
+        """Raise ValueError if the folder holds another run."""
+        if not (self.output / "run.json").exists():
+            return
+        there = read_json(self.output / "run.json")
+        for key, value in {**self.identity, "prompts": list(self.prompts), "seed": self.protocol.seed}.items():
+            old = {**there["identity"], "prompts": there["prompts"], "seed": there["protocol"]["seed"]}.get(key)
+            if old != value:
+                found = "are others" if key == "prompts" else f"is {old!r}, not {value!r}"
+                raise ValueError(f"{self.output} holds a run whose {key} {found}; name another --output for this one")
+
+    def record(self, command: Sequence[str], processes: int) -> None:
+        """Write down what is made, and that somebody set out to make it."""
+        file = self.output / "run.json"
+        there: dict[str, Any] = read_json(file) if file.exists() else {"methods": {}, "sessions": []}
+        session = {"command": list(command), "processes": processes, **environment(str(self.device))}
+        write_json(
+            file,
+            {
+                "protocol": self.protocol.to_dict(),
+                "protocol_sha256": self.protocol.sha256,
+                "model": {"name": self.model[0], "fingerprint": self.model[1]},
+                "identity": self.identity,
+                "limit": self.limit,
+                "methods": there["methods"] | {method.text: method.settings for method in self.methods},
+                "prompts": list(self.prompts),
+                "sessions": [*there["sessions"], session],
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One call of a pipeline: seconds for each image, and bytes of memory where the device counts them."""
+
+    method: str
+    indices: tuple[int, ...]
+    seconds: float
+    memory: int | None
+    warm: bool
+
+
+class Maker:
+    """Draws batches with one method, in halves where memory does not suffice."""
+
+    def __init__(self, pipe: Any, method: Method, run: Run) -> None:
+        self.method, self.run = method, run
+        self.draw = prepared(pipe, method)
+        self.batch = run.protocol.batch
+        self.warm = False
+
+    def make(self, indices: list[int]) -> list[Timing]:
+        """Make the images of a batch and write those that are not finished."""
+        timings: list[Timing] = []
+        done = 0
+        while done < len(indices):
+            part = indices[done : done + self.batch]
+            try:
+                timings.append(self._make(part))
+                done += len(part)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or self.batch == 1:
+                    raise
+                self.batch = max(1, min(self.batch, len(part)) // 2)
+                tqdm.write(f"{self.method.text}: out of memory; going on with batches of {self.batch}")
+                clear_device_cache(garbage_collection=True)
+        return timings
+
+    def _make(self, indices: list[int]) -> Timing:
+        run, protocol = self.run, self.run.protocol
+        cuda = run.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(run.device)
+        before = torch.cuda.memory_allocated(run.device) if cuda else 0
+        began = time.perf_counter()
+        images = self.draw(
+            [run.prompts[index] for index in indices],
+            num_inference_steps=protocol.steps,
+            guidance_scale=protocol.guidance,
+            width=protocol.width,
+            height=protocol.height,
+            generator=[torch.Generator().manual_seed(protocol.seed + index) for index in indices],
+        ).images
+        seconds = (time.perf_counter() - began) / len(indices)
+        memory = (torch.cuda.max_memory_allocated(run.device) - before) // len(indices) if cuda else None
+        for index, image in zip(indices, images, strict=True):
+            path, text = run.path(self.method, index), run.text(self.method, index)
+            if not is_finished(path, text):
+                write_png(path, image, text)
+        warm, self.warm = self.warm, True
+        return Timing(self.method.text, tuple(indices), seconds, memory, warm)
+
+
+@torch.inference_mode()
+def generate(run: Run, load: Callable[[], Any], state: Any, command: Sequence[str] = (), quiet: bool = False) -> None:
+    """Make what is missing; every process of `state` calls this.
+
+    Args:
+        run: what to make.
+        load: gives the pipeline; called only if something is missing.
+        state: `accelerate.PartialState`.
+        command: what was typed, for the record.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: the folder holds another run.
+        OSError: a file cannot be written; what is finished stays.
+    """
+    run.check()
+    missing: list[Any] = [None]
+    if state.is_main_process:
+        missing = [run.missing()]
+        for method in run.methods:
+            run.path(method, 0).parent.mkdir(parents=True, exist_ok=True)
+        if missing[0]:
+            run.record(command, state.num_processes)
+    todo = broadcast_object_list(missing)[0]
+    mine = todo[state.process_index :: state.num_processes]
+    if mine:
+        with computing(run):
+            _generate(run, load(), mine, state, quiet)
+    state.wait_for_everyone()
+
+
+def _generate(run: Run, pipe: Any, mine: list[tuple[list[int], list[Method]]], state: Any, quiet: bool) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    wanted = [method for method in run.methods if any(method in methods for _, methods in mine)]
+    makers = {method.text: Maker(pipe, method, run) for method in wanted}
+    total = sum(len(indices) * len(methods) for indices, methods in mine)
+    hidden = quiet or not state.is_main_process
+    rates: dict[str, list[float]] = {}
+    with (
+        tqdm(total=total, unit="image", disable=hidden, smoothing=0.05) as bar,
+        (run.output / f"timings-{state.process_index}.jsonl").open("a", encoding="utf-8") as log,
+    ):
+        log.write("\n")  # a kill may have cut the last line off
+        for indices, methods in mine:
+            for method in methods:
+                bar.set_description(method.text)
+                for timing in makers[method.text].make(indices):
+                    log.write(json.dumps(vars(timing)) + "\n")
+                    log.flush()
+                    rates.setdefault(method.text, []).append(timing.seconds)
+                    bar.set_postfix_str(f"{statistics.median(rates[method.text]):.2f} s for each")
+                    bar.update(len(timing.indices))
+
+
+def timings(run_folder: Path) -> list[Timing]:
+    """Every call that the processes of a run have written down; a line that a kill has cut off is left out."""
+    found = []
+    for file in sorted(run_folder.glob("timings-*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line or "null")
+            except ValueError:
+                continue
+            if values is None:
+                continue
+            found.append(Timing(**values | {"indices": tuple(values["indices"])}))
+    return found
+
+
+@contextmanager
+def computing(run: Run) -> Iterator[None]:
+    """Context in which the same numbers come out each time: the run's threads, deterministic kernels on CUDA."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if run.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        else:
+            torch.set_num_threads(run.threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

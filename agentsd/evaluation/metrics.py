@@ -1,0 +1,183 @@
+"""Distances between sets of images, their intervals, and distances between pairs.
+
+The values come from torch-fidelity and torchmetrics; what is here is the resampling that says how far to trust them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, the same for every resample of the images, and what the resamples are about.
+
+    Attributes:
+        value: of the images themselves.
+        resampled: of each resample; empty where there is no interval.
+    """
+
+    value: float
+    resampled: Array
+
+    def interval(self) -> tuple[float, float] | None:
+        """Where the value would lie with other images of the same kind and number, in 95 of 100 cases.
+
+        Resampling raises distances as having fewer images does, so its quantiles are taken around its own mean.
+        """
+        if not len(self.resampled):
+            return None
+        low, high = np.quantile(self.resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - self.resampled.mean()
+        return self.value + float(low), self.value + float(high)
+
+    def minus(self, other: "Estimate") -> "Estimate":
+        """The difference to another one, whose resamples are the same images'."""
+        return Estimate(self.value - other.value, self.resampled - other.resampled)
+
+
+def resamples(images: int, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """How often each image is in each resample, count×images: the same for every method, for the same seeds make
+    their images."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(images, np.full(images, 1 / images), size=count)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of reference features, and the features where they are known."""
+
+    mean: Array
+    covariance: Array
+    features: Tensor | None = None
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Statistics":
+        """Of n×d features, by torch-fidelity."""
+        from torch_fidelity.metric_fid import fid_features_to_statistics
+
+        found = fid_features_to_statistics(features.double())
+        return cls(found["mu"], found["sigma"], features)
+
+
+def frechet_distance(features: Tensor, reference: Statistics) -> float:
+    """The Fréchet distance of two Gaussians with the moments of the features, by torch-fidelity (FID)."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    second = {"mu": reference.mean, "sigma": reference.covariance}
+    return next(iter(fid_statistics_to_metric(fid_features_to_statistics(features.double()), second, False).values()))
+
+
+class Frechet:
+    """The Fréchet distance to a reference, of the images and of each resample.
+
+    `tr √(Σ Σ_r)` is the sum of the singular values of `√w (x − mean) √Σ_r / √(n − 1)`, whose squares are eigenvalues
+    of the smaller of its two Gram matrices.
+    """
+
+    def __init__(self, reference: Statistics, counts: NDArray[np.int64], device: torch.device) -> None:
+        self.reference, self.counts, self.device = reference, counts, device
+        covariance = torch.from_numpy(reference.covariance).to(device)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        self.trace = covariance.trace()
+        self.mean = torch.from_numpy(reference.mean).to(device)
+
+    def __call__(self, features: Tensor) -> Estimate:
+        """Of n×d features."""
+        x = features.double().to(self.device)
+        y = x @ self.root
+        resampled = [self._resampled(x, y, torch.from_numpy(row).to(self.device)) for row in self.counts]
+        return Estimate(frechet_distance(features, self.reference), np.array(resampled))
+
+    def _resampled(self, x: Tensor, y: Tensor, counts: Tensor) -> float:
+        there = counts > 0
+        weights, x, y = counts[there].double()[:, None], x[there], y[there]
+        count = weights.sum()
+        mean = (weights * x).sum(0) / count
+        spread = (weights * (x - mean).square()).sum() / (count - 1)
+        z = weights.sqrt() * (y - (weights * y).sum(0) / count) / (count - 1).sqrt()
+        gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
+        root = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
+        return float((mean - self.mean).square().sum() + spread + self.trace - 2 * root)
+
+
+class Kernel:
+    """The squared maximum mean discrepancy with KID's polynomial kernel, of the images and of each resample."""
+
+    def __init__(self, reference: Tensor, counts: NDArray[np.int64], subsets: int, subset_size: int) -> None:
+        self.reference, self.counts, self.subsets, self.subset_size = reference, counts, subsets, subset_size
+
+    def __call__(self, features: Tensor) -> Estimate:
+        """Of n×d features; the value is torch-fidelity's mean over subsets."""
+        from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric
+
+        size = min(self.subset_size, len(features), len(self.reference))
+        found = kid_features_to_metric(
+            features.double(), self.reference.double(), kid_subsets=self.subsets, kid_subset_size=size, verbose=False
+        )
+        x, r = features.double().numpy(), self.reference.double().numpy()
+        own, cross, n = kernel_poly(x, x), kernel_poly(x, r).mean(1), len(x)
+        counts = self.counts.astype(np.float64)
+        # An image that is drawn twice is no pair with itself; what depends on the reference alone is the same for all.
+        pairs = ((counts @ own) * counts).sum(1) - counts**2 @ own.diagonal()
+        resampled = pairs / np.maximum(n**2 - (counts**2).sum(1), 1) - 2 * counts @ cross / n
+        return Estimate(float(found["kernel_inception_distance_mean"]), resampled)
+
+
+def inception_score(logits: Tensor, splits: int) -> float:
+    """By torch-fidelity."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    return float(isc_features_to_metric(logits, splits=min(splits, len(logits)))["inception_score_mean"])
+
+
+def precision_recall(features: Tensor, reference: Tensor, neighbours: int) -> tuple[float, float]:
+    """Share of the images within the reference's manifold, and the other way round (Kynkäänniemi et al., 2019)."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    k = min(neighbours, len(features) - 1, len(reference) - 1)
+    found = prc_features_to_metric(features.double(), reference.double(), prc_neighborhood=k, verbose=False)
+    return found["precision"], found["recall"]
+
+
+def mean(values: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+    """The mean of a number for each image."""
+    return share(values, np.ones(len(values)), counts)
+
+
+def share(parts: Sequence[float] | Array, wholes: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+    """The sum of one number for each image over the sum of another: what is right of what was asked."""
+    part, whole = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
+    return Estimate(float(part.sum() / whole.sum()), (counts @ part) / (counts @ whole))
+
+
+def median(values: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+    """The median of a number for each image."""
+    numbers = np.asarray(values, np.float64)
+    resampled = [float(np.median(np.repeat(numbers, row))) for row in counts]
+    finite = np.array(resampled) if np.isfinite(resampled).all() else np.empty(0)
+    return Estimate(float(np.median(numbers)), finite)
+
+
+def pair_distances(name: str, images: Tensor, stock: Tensor) -> Tensor:
+    """PSNR in dB (infinite for equal pictures), SSIM or MS-SSIM of B×3×H×W bytes, by torchmetrics: B values."""
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure,
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    options: dict[str, Any] = {"data_range": 1.0, "reduction": "none"}
+    first, second = images.float() / 255, stock.float() / 255
+    if name == "psnr":
+        return peak_signal_noise_ratio(first, second, **options, dim=(1, 2, 3))
+    measure = {"ssim": structural_similarity_index_measure, "ms-ssim": multiscale_structural_similarity_index_measure}
+    return measure[name](first, second, **options).reshape(-1)

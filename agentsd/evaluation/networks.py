@@ -1,0 +1,285 @@
+"""The networks that look at images: loaded by well-kept libraries, from a file, a folder or the hub."""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agentsd.pipelines import one_line
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a network are, if not where its library looks by itself: a file, a folder or a hub id.
+
+    `inception` serves `pytorch-fid` too: both packages' downloads are the same file.
+    """
+
+    inception: Path | None = None
+    lpips: Path | None = None
+    clip: str | None = None
+    dinov2: str | None = None
+    checker: Path | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that makes features of pictures.
+
+    Attributes:
+        name: one of `protocols.NETWORKS`.
+        size: number of features.
+        sha256: of its weights.
+        extract: B×3×H×W bytes → B×size features, and B×classes logits or None.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    extract: Callable[[Tensor], tuple[Tensor, Tensor | None]] = field(repr=False)
+
+    @property
+    def tag(self) -> str:
+        """Name and weights in short."""
+        return f"{self.name} {self.sha256[:16]}"
+
+
+def load_network(name: str, weights: Weights, hub: str, device: torch.device) -> Network:
+    """Load a network for features.
+
+    Args:
+        name: one of `protocols.NETWORKS`.
+        weights: where they are.
+        hub: hub id of `dinov2` where `weights` does not say.
+        device: where it is to compute.
+
+    Raises:
+        ValueError: its library or its weights are not there.
+    """
+    if name == "inception":
+        return _inception(weights.inception, device)
+    if name == "pytorch-fid":
+        return _pytorch_fid(weights.inception, device)
+    if name == "dinov2":
+        return _dinov2(weights.dinov2 or hub, device)
+    return _checker(weights.checker, device)
+
+
+def _inception(path: Path | None, device: torch.device) -> Network:
+    with needs("torch_fidelity", "eval"):
+        from torch_fidelity.utils import create_feature_extractor
+    if path is not None:
+        check_state_dict(path, "--inception-weights")
+    layers = ["2048", "logits_unbiased"]
+    where = {"feature_extractor_weights_path": str(path) if path else None}
+    with _loading("FID's Inception", path, "--inception-weights"):
+        model = create_feature_extractor("inception-v3-compat", layers, cuda=False, verbose=False, **where).to(device)
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        features, logits = model(images.to(device))
+        return features, logits
+
+    return Network("inception", 2048, state_hash(model), extract)
+
+
+def _pytorch_fid(path: Path | None, device: torch.device) -> Network:
+    with needs("pytorch_fid", "eval"):
+        from pytorch_fid.inception import FID_WEIGHTS_URL, InceptionV3
+    if path is not None:
+        check_state_dict(path, "--inception-weights")
+    with _loading("FID's Inception", path, "--inception-weights"), _in_torch_hub(path, FID_WEIGHTS_URL):
+        model = InceptionV3().eval().to(device)
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return model(images.to(device).float() / 255)[0].flatten(1), None
+
+    return Network("pytorch-fid", 2048, state_hash(model), extract)
+
+
+def _dinov2(source: str, device: torch.device) -> Network:
+    from transformers import Dinov2Model
+
+    model = _from_pretrained(Dinov2Model, source, "DINOv2", "--dinov2").to(device)
+    patch = model.config.patch_size
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The class token of 16×16 patches, as FD-DINOv2 takes it (Stein et al., NeurIPS 2023)."""
+        side = 16 * patch
+        x = F.interpolate(images.to(device).float() / 255, (side, side), mode="bicubic", antialias=True)
+        return model((x.clamp(0, 1) - mean) / std).last_hidden_state[:, 0], None
+
+    return Network("dinov2", model.config.hidden_size, state_hash(model), extract)
+
+
+def _checker(path: Path | None, device: torch.device) -> Network:
+    from agentsd.demo.checker import AttributeChecker
+
+    model = AttributeChecker.load(path).to(device)
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return model.features(images.to(device).float() / 255), None
+
+    return Network("checker", model.squeeze.out_features, state_hash(model), extract)
+
+
+def load_lpips(net: str, path: Path | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS of torchmetrics: B×3×H×W bytes twice → B distances.
+
+    Args:
+        net: `alex`, `vgg` or `squeeze`.
+        path: file with torchvision's ImageNet weights of that network.
+        device: where it is to compute.
+    """
+    with needs("torchmetrics", "eval"), needs("torchvision", "eval"):
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        from torchvision import models
+    kinds = {"alex": models.AlexNet_Weights, "vgg": models.VGG16_Weights, "squeeze": models.SqueezeNet1_1_Weights}
+    if path is not None:
+        check_state_dict(path, "--lpips-weights")
+    with _loading(f"LPIPS's network {net}", path, "--lpips-weights"), _in_torch_hub(path, kinds[net].DEFAULT.url):
+        metric = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True).to(device)
+
+    def distance(images: Tensor, stock: Tensor) -> Tensor:
+        metric.reset()
+        metric.update(images.to(device).float() / 255, stock.to(device).float() / 255)
+        return metric.compute().reshape(-1)
+
+    return distance
+
+
+@contextmanager
+def _loading(what: str, path: Path | None, option: str) -> Iterator[None]:
+    """Context in which weights that are not there, or are others, are a sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if path is not None:
+            raise ValueError(f"{path} does not hold the weights of {what} ({one_line(error)})") from None
+        _absent(f"the weights of {what}", f"{option} names the file", error)
+
+
+@contextmanager
+def _in_torch_hub(path: Path | None, url: str) -> Iterator[None]:
+    """Context in which torch's hub has already downloaded `url`, and it was the file `path`."""
+    if path is None:
+        yield
+        return
+    before = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoints" / os.path.basename(urlparse(url).path)
+        link.parent.mkdir()
+        link.symlink_to(path.resolve())
+        torch.hub.set_dir(folder)
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(before)
+
+
+def load_checker_distance(path: Path | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS's formula on the attribute checker's layers, all weighted alike: B×3×H×W bytes twice → B distances.
+
+    Squared differences of features of unit length over the channels, averaged over the places and summed over the
+    layers (Zhang et al., CVPR 2018, equation 1 with w = 1).
+    """
+    from agentsd.demo.checker import SIZE, AttributeChecker
+
+    model = AttributeChecker.load(path).to(device)
+
+    def layers(images: Tensor) -> list[Tensor]:
+        x = F.interpolate(images.to(device).float() / 255, (SIZE, SIZE), mode="bilinear", antialias=True) - 0.5
+        found = []
+        for module in model.trunk:
+            x = module(x)
+            if isinstance(module, nn.ReLU):
+                found.append(F.normalize(x, dim=1))
+        return found
+
+    def distance(images: Tensor, stock: Tensor) -> Tensor:
+        pairs = zip(layers(images), layers(stock), strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
+
+    return distance
+
+
+def load_clip(source: str, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
+    """The CLIP score (Hessel et al., EMNLP 2021, without its factor 2.5): images and their prompts → 100·max(cos, 0).
+
+    Args:
+        source: folder or hub id of a CLIP model with its processor.
+        device: where it is to compute.
+    """
+    from transformers import AutoProcessor, CLIPModel
+
+    model = _from_pretrained(CLIPModel, source, "CLIP", "--clip").to(device)
+    processor = _from_pretrained(AutoProcessor, source, "CLIP's processor", "--clip")
+    length = model.config.text_config.max_position_embeddings
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        inputs = processor(
+            text=prompts, images=list(images), return_tensors="pt", padding=True, truncation=True, max_length=length
+        )
+        out = model(**inputs.to(device))
+        image, text = (F.normalize(x, dim=-1) for x in (out.image_embeds, out.text_embeds))
+        return 100 * (image * text).sum(-1).clamp_min(0)
+
+    return score
+
+
+def _from_pretrained(kind: Any, source: str, what: str, option: str) -> Any:
+    try:
+        loaded = kind.from_pretrained(source)
+    except Exception as error:  # the hub's client and safetensors raise many kinds
+        if Path(source).is_dir():
+            raise ValueError(f"{source} does not hold {what} ({one_line(error)})") from None
+        _absent(f"{what} {source}", f"{option} names a folder or a hub id", error)
+    return loaded.eval().requires_grad_(False) if isinstance(loaded, nn.Module) else loaded
+
+
+def check_state_dict(path: Path, option: str) -> None:
+    """Raise ValueError unless a file holds tensors and nothing that runs when loaded."""
+    if not path.is_file():
+        raise ValueError(f"{option} {path} is not a file")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises many kinds
+        raise ValueError(f"{path} is not a file of weights ({one_line(error)})") from None
+
+
+def state_hash(model: nn.Module) -> str:
+    """The SHA-256 of a model's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def needs(package: str, extra: str) -> Iterator[None]:
+    """Context in which an import that fails is a sentence that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise ValueError(
+            f"this needs the package {package.replace('_', '-')}: pip install 'agentsd[{extra}]'"
+        ) from None
+
+
+def _absent(what: str, how: str, error: Exception) -> NoReturn:
+    reason = re.sub(r"[<>]", "", one_line(error))
+    raise ValueError(f"{what} is not on this machine and could not be downloaded ({reason}); {how}") from None

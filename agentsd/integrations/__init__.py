@@ -1,0 +1,1 @@
+"""Hosts other than diffusers: thin adapters on the same core."""

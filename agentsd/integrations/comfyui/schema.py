@@ -1,0 +1,47 @@
+"""The node AgentSD by ComfyUI's current schema."""
+
+from typing import Any
+
+from comfy_api.latest import ComfyExtension, io
+
+from .nodes import CATEGORY, DESCRIPTION, KNOBS, MODEL_TOOLTIP, Knob, accelerate
+
+
+def _input(knob: Knob) -> Any:
+    kind = {"BOOLEAN": io.Boolean, "COMBO": io.Combo, "FLOAT": io.Float, "INT": io.Int}[knob.kind]
+    limits = {name: list(value) if name == "options" else value for name, value in knob.limits.items()}
+    return kind.Input(knob.name, tooltip=knob.tooltip, **limits)
+
+
+class AgentSD(io.ComfyNode):
+    """The node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and what is said of them."""
+        return io.Schema(
+            node_id="AgentSD",
+            display_name="AgentSD",
+            category=CATEGORY,
+            description=DESCRIPTION,
+            inputs=[io.Model.Input("model", tooltip=MODEL_TOOLTIP), *map(_input, KNOBS)],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, **knobs: Any) -> io.NodeOutput:
+        """What the node does."""
+        return io.NodeOutput(accelerate(model, **knobs))
+
+
+class AgentSDExtension(ComfyExtension):
+    """The nodes of this folder."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """One node."""
+        return [AgentSD]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """What ComfyUI calls when it loads the folder."""
+    return AgentSDExtension()

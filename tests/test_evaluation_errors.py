@@ -1,0 +1,132 @@
+"""agentsd-eval error: the attention's error is what brute force says it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agentsd.cli.evaluate import main
+from agentsd.evaluation import errors
+from agentsd.evaluation.errors import Call, relative_error, variant
+from agentsd.patch import find_layers
+
+pytest.importorskip("torchmetrics")
+
+
+@pytest.fixture
+def call(tiny_pipeline: Any) -> Call:
+    generator = torch.Generator().manual_seed(0)
+    sample, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, 16, 16), (16, 32)))
+    return Call(0.5, sample, torch.tensor(499), text)
+
+
+def softmax_attention(attn: Any, queries: Tensor, tokens: Tensor) -> Tensor:
+    """float64, before to_out; `tokens` make the keys and values."""
+    q, k, v = (
+        torch.nn.functional.linear(x.double(), layer.weight.double())
+        for x, layer in ((queries, attn.to_q), (tokens, attn.to_k), (tokens, attn.to_v))
+    )
+    heads = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    weights = (heads[0] @ heads[1].transpose(-1, -2) * heads[0].shape[-1] ** -0.5).softmax(-1)
+    return (weights @ heads[2]).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_every_layer_meets_the_inputs_of_a_stock_run(tiny_pipeline: Any, call: Call) -> None:
+    layers = find_layers(tiny_pipeline.unet)
+    inputs = errors._inputs(tiny_pipeline.unet, layers, call)
+    peers = [text for text in ("tomesd",) if not errors.missing([variant(text)])]
+    for text in (None, "pooled:stride=2", "kv:stride=2", "turbo", *peers, "skipped"):
+        unet = errors._everywhere(tiny_pipeline, text and variant(text))
+        found = errors._outputs(unet, call, inputs)
+        assert set(found) == {layer.name for layer in layers}
+        for layer in layers:
+            y = layer.block.norm1(inputs[layer.name])
+            side = round(y.shape[1] ** 0.5)
+            image = y.transpose(1, 2).unflatten(2, (side, side))
+            pooled = torch.nn.functional.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+            true = softmax_attention(layer.block.attn1, y, y)
+            expected = {
+                None: true,
+                "pooled:stride=2": softmax_attention(layer.block.attn1, y, pooled),
+                "skipped": y.double(),
+            }
+            if text in expected:
+                torch.testing.assert_close(found[layer.name].double(), expected[text], rtol=1e-4, atol=1e-5)
+            else:
+                assert 0 < relative_error(found[layer.name], true) < 1
+
+
+@torch.no_grad()
+def test_nystrom_with_every_token_a_landmark_is_exact(tiny_pipeline: Any, call: Call) -> None:
+    layers = find_layers(tiny_pipeline.unet)
+    inputs = errors._inputs(tiny_pipeline.unet, layers, call)
+    true = errors._outputs(errors._everywhere(tiny_pipeline, None), call, inputs)
+    found = errors._outputs(errors._everywhere(tiny_pipeline, variant("nystrom:stride=1")), call, inputs)
+    for name in found:
+        assert relative_error(found[name], true[name]) < 1e-2
+
+
+def test_relative_error_is_a_mean_over_images() -> None:
+    true = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]])
+    found = torch.tensor([[[3.0, 5.0]], [[0.0, 1.0]]])
+    assert relative_error(found, true) == pytest.approx((1 / 5 + 0) / 2)
+    assert relative_error(true, true) == 0
+
+
+def test_nothing_merged_is_no_error(tiny_pipeline: Any) -> None:
+    prompts = ["a red ring", "a blue star"]
+    variants = [variant(text) for text in ("merge:ratio=0", "kv:stride=4", "skipped")]
+    before = {name: value.clone() for name, value in tiny_pipeline.unet.state_dict().items()}
+    result = errors.measure(tiny_pipeline, variants, prompts, steps=4, guidance=2.0, at=(0.2, 0.8), quiet=True)
+    none, some, skipped = result["variants"]
+    assert result["levels"] == [1, 2]
+    assert result["progress"][0] < 0.5 < result["progress"][1]
+    assert {value for values in none["error"].values() for value in values} == {0}
+    assert none["psnr"] == [999.0, 999.0]
+    for level in ("1", "2"):
+        assert len(some["error"][level]) == 2
+        assert max(some["error"][level]) < min(skipped["error"][level])
+    assert max(some["psnr"]) < 999
+    assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.unet.state_dict().items())
+
+
+def test_names_of_variants() -> None:
+    assert variant("kv:stride=2").settings["phases"][0]["attention"] == "kv"
+    merge = variant("merge:ratio=0.3,proportional=true").settings
+    assert [(p["attention"], p["stride"], p["proportional"]) for p in merge["phases"]] == [("merge", 2, True)] * 2
+    assert merge["ratio"] == 0.3
+    assert [variant(text).text for text in errors.VARIANTS if not text.startswith("tomesd")]
+    for text, words in (
+        ("deepcache", "its attention is the stock one"),
+        ("pooled:sride=2", "pooled has no option 'sride'"),
+        ("kv:sride=2", "has no field 'sride'"),
+        ("nothing", "method is 'nothing'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            variant(text)
+
+
+def test_the_command_writes_its_tables(
+    tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(tiny_pipeline_folder), "--steps", "3", "--prompts", "2", "--device", "cpu", "--quiet"]
+    assert main(["error", *options, "--method", "kv:stride=2", "--method", "skipped", "--output", "out"]) == 0
+    result = json.loads((tmp_path / "out/errors.json").read_text())
+    assert [row["variant"] for row in result["variants"]] == ["kv:stride=2", "skipped"]
+    assert result["provenance"]["steps"] == 3
+    text = (tmp_path / "out/errors.md").read_text()
+    assert errors.tables(result) in capsys.readouterr().out
+    assert "| variant | level 1 | level 2 |" in text
+    assert main(["report", "out/errors.json", "--table"]) == 0
+    table = capsys.readouterr().out
+    assert errors.tables(result) in table
+    assert "2 prompts, 3 steps" in table
+    assert main(["report", "out/errors.json", "--columns", "psnr"]) == 2
+    assert "has no columns to choose from" in capsys.readouterr().err
+    assert main(["error", "--method", "tgate", "--output", "out"]) == 2
+    assert "its attention is the stock one" in capsys.readouterr().err
