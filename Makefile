@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
-SOURCES := agentsd scripts tests
+SOURCES := agentsd notebooks scripts tests
 # Test files side by side, each with one thread.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 

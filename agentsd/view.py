@@ -315,7 +315,7 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
         layers[name].register_forward_hook(watch.after, always_call=True),
     ]
     try:
-        # A compiled model does not see hooks that come later.
+        # Hooks would have a compiled model compiled again.
         with torch.compiler.set_stance("force_eager"):
             image = pipe(
                 prompt,

@@ -46,7 +46,11 @@ def main() -> None:
 
     def draw(text: str, index: int) -> Image:
         seed = torch.Generator().manual_seed(index)
-        call: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "generator": seed}
+        call: dict[str, Any] = {
+            "num_inference_steps": args.steps,
+            "guidance_scale": args.guidance_scale,
+            "generator": seed,
+        }
         if args.size:
             call |= {"height": args.size, "width": args.size}
         image: Image = drawers[text](prompts[index], **call).images[0]

@@ -1,7 +1,8 @@
 """What would bring `kv`, and merging with log s, nearer to the stock attention: ideas outside the core.
 
-The embedded model draws held-out prompts in float32. At five noise levels each idea makes the attention's output before
-`to_out` from the stock run's inputs: ‖O − O_stock‖ / ‖O_stock‖. Then kv with stride 4 draws whole images with each idea.
+The embedded model draws held-out prompts in float32. At five noise levels each idea makes the attention's output
+before `to_out` from the stock run's inputs: ‖O − O_stock‖ / ‖O_stock‖. Then kv with stride 4 draws
+whole images with each idea.
 
 Usage: python scripts/kv_ideas.py --output benchmarks/results/eval-kv-ideas.json
 """

@@ -141,7 +141,15 @@ def test_fused_turns_the_attention_by_blocks_off(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("text", "results"), [("README.md", "cpu-sd15.json cpu-closeness.json"), ("docs/benchmarks.md", "cpu-*.json")]
+    ("text", "results"), [
+        (
+            "README.md",
+            "cpu-sd15.json cpu-closeness.json cpu-reuse.json cpu-reuse-closeness.json cpu-hires.json "
+            "cpu-hires-closeness.json",
+        ),
+        ("docs/reuse.md", "cpu-reuse.json cpu-reuse-closeness.json"),
+        ("docs/benchmarks.md", "cpu-*.json"),
+    ]
 )
 def test_the_tables_of_the_texts_are_those_of_the_results(
     text: str, results: str, capsys: pytest.CaptureFixture[str]
@@ -197,7 +205,7 @@ def test_the_command_writes_what_its_table_is_made_from(tmp_path: Path, capsys: 
         (["--table", "missing.json"], "missing.json"),
         (["--into", "README.md"], "--into goes with --table"),
         (["--method", "xformers"], "needs the package xformers and a CUDA device"),
-        (["--profile", "--method", "floor"], "method is 'floor'; the profile is of stock and faithful, fast, hires, paper, turbo"),
+        (["--profile", "--method", "floor"], "method is 'floor'; the profile is of stock and faithful, fast, hires"),
         (["--device", "cuda:9"], "cuda:9"),
     ],
 )

@@ -474,6 +474,7 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
     assert stock["time"]["speed"] == 1
     assert paper["time"]["seconds"] > 0
     assert paper["settings"] == method("paper:ratio=0.4").settings
+    assert paper["settings_sha256"] == method("paper:ratio=0.4").sha256 != method("paper:ratio=0.5").sha256
     assert set(paper["scores"]) == {column["key"] for column in result["columns"]}
     images = [
         [pixels(tmp_path / f"out/images/{name}/{index:05d}.png").astype(float) for index in range(8)]
@@ -485,6 +486,7 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
     markdown = (tmp_path / "out/report.md").read_text()
     assert report.table(result) in markdown
     assert report.table(result) in printed
+    assert paper["settings_sha256"] in markdown
     assert result["provenance"]["images"]["steps"] == 3
     assert "agentsd-eval run --protocol" in markdown
     assert main(["report", str(tmp_path / "out"), "--table", "--columns", "checker_frechet"]) == 0

@@ -92,7 +92,6 @@ def test_nothing_merged_is_no_error(tiny_pipeline: Any) -> None:
         assert max(some["error"][level]) < min(skipped["error"][level])
     assert max(some["psnr"]) < 999
     assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.unet.state_dict().items())
-    assert all(row["seconds"] > 0 for row in result["variants"])
 
 
 def test_names_of_variants() -> None:

@@ -27,6 +27,7 @@ HEAVY = (
     "agentsd.cli",
     "agentsd.demo",
     "agentsd.pipelines",
+    "agentsd.ui",
     "agentsd.view",
     "diffusers.pipelines",
     "gradio",
@@ -106,8 +107,10 @@ def test_metadata(distributions: Distributions) -> None:
     assert literal, "the version must be a literal, so that building needs no torch"
     assert (metadata["Name"], metadata["Version"]) == ("agentsd", literal[1])
     assert metadata["License-Expression"] == "MIT"
-    assert {"eval", "bench", "xformers", "ui", "dev"} <= set(metadata.get_all("Provides-Extra", []))
-    assert "agentsd-generate = agentsd.cli.generate:main" in archive.read(f"{folder}/entry_points.txt").decode()
+    assert {"eval", "bench", "xformers", "ui", "notebooks", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    commands = archive.read(f"{folder}/entry_points.txt").decode()
+    assert "agentsd-generate = agentsd.cli.generate:main" in commands
+    assert "agentsd-ui = agentsd.cli.ui:main" in commands
 
 
 @pytest.mark.slow

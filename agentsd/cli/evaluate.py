@@ -404,7 +404,7 @@ def _score_run(
     from agentsd.evaluation import protocols
     from agentsd.evaluation.files import read_json
     from agentsd.evaluation.generation import timings
-    from agentsd.evaluation.methods import method
+    from agentsd.evaluation.methods import Method, method
     from agentsd.evaluation.scoring import score, speeds
 
     run = read_json(folder / "run.json")
@@ -421,6 +421,7 @@ def _score_run(
     times = speeds(timings(folder), methods, methods[0])
     for row in result["methods"]:
         row["settings"] = run["methods"][row["method"]]
+        row["settings_sha256"] = Method(row["method"], row["settings"]).sha256
         if row["method"] in times:
             row["time"] = times[row["method"]]
         for shown in row["pictures"]:

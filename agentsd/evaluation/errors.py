@@ -6,7 +6,6 @@ compared is its output before `to_out`, for every token.
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -252,14 +251,13 @@ def measure(
 
     Returns:
         For each variant `error` (level → relative error at each noise level, the mean over layers and images of
-        ‖O − O_stock‖ / ‖O_stock‖), `psnr` of each image in dB, and `seconds` for an image.
+        ‖O − O_stock‖ / ‖O_stock‖), and `psnr` of each image in dB.
     """
     from agentsd.evaluation.metrics import pair_distances
 
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(call: Any) -> tuple[Tensor, float]:
-        began = time.perf_counter()
+    def draw(call: Any) -> Tensor:
         images = call(
             list(prompts),
             num_inference_steps=steps,
@@ -267,12 +265,13 @@ def measure(
             generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
             output_type="pt",
         ).images
-        return (images * 255).round().to(torch.uint8), (time.perf_counter() - began) / len(prompts)
+        drawn: Tensor = (images * 255).round().to(torch.uint8)
+        return drawn
 
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     stock_pipe = copied(pipe)
     with _recorded(stock_pipe.unet, calls):
-        stock, stock_seconds = draw(stock_pipe)
+        stock = draw(stock_pipe)
     horizon = pipe.scheduler.config.num_train_timesteps
     reached = [1 - float(timestep) / horizon for _, timestep, _ in calls]
     nearest = [int((torch.tensor(reached) - progress).abs().argmin()) for progress in at]
@@ -282,7 +281,6 @@ def measure(
     result: dict[str, Any] = {
         "progress": [call.progress for call in chosen],
         "levels": levels,
-        "stock_seconds": stock_seconds,
         "variants": [],
     }
     reference = _everywhere(pipe, None)
@@ -297,14 +295,13 @@ def measure(
                 for level in levels:
                     names = [layer.name for layer in layers if layer.level == level]
                     errors[level].append(statistics.mean(relative_error(found[name], true[name]) for name in names))
-        images, seconds = draw(_finest(pipe, wanted))
+        images = draw(_finest(pipe, wanted))
         result["variants"].append(
             {
                 "variant": wanted.text,
                 "settings": wanted.settings,
                 "error": {str(level): values for level, values in errors.items()},
                 "psnr": [min(value, 999.0) for value in pair_distances("psnr", images, stock).tolist()],
-                "seconds": seconds,
             }
         )
     return result
@@ -320,11 +317,11 @@ def tables(result: dict[str, Any]) -> str:
     """Both tables in Markdown: the finest level by noise level with the images, and every level."""
     finest = str(result["levels"][0])
     head = ["variant", *(f"at {progress:.2f}" for progress in result["progress"]), "mean error", "PSNR, dB", "worst"]
-    rows = [[*head, "s/image"]]
+    rows = [head]
     for row in result["variants"]:
         errors = row["error"][finest]
         cells = [row["variant"], *(f"{value:.4f}" for value in errors), f"{statistics.mean(errors):.4f}"]
-        rows.append([*cells, f"{statistics.mean(row['psnr']):.1f}", f"{min(row['psnr']):.1f}", f"{row['seconds']:.2f}"])
+        rows.append([*cells, f"{statistics.mean(row['psnr']):.1f}", f"{min(row['psnr']):.1f}"])
     second = [["variant", *(f"level {level}" for level in result["levels"])]]
     for row in result["variants"]:
         means = [statistics.mean(row["error"][str(level)]) for level in result["levels"]]

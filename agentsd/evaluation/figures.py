@@ -17,6 +17,7 @@ COLOURS = {
     "faithful": "#2ca05a",
     "fast": "#12a8a8",
     "turbo": "#7b61d9",
+    "hires": "#8a8f2a",
     "deepcache": "#a05bc8",
     "tgate": "#c2556b",
 }
@@ -48,7 +49,10 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         for column in pictured(result):
             if all("time" in row for row in result["methods"]) and len(result["methods"]) > 1:
                 drawn.append((f"{column['label']} against speed", _scatter(result, column)))
-            drawn.append((f"{column['label']}, with intervals", _bars(result, column)))
+            title = f"{column['label']}, with intervals"
+            if any("difference" in row["scores"].get(column["key"], {}) for row in result["methods"]):
+                title += "; dark: that of the difference to stock"
+            drawn.append((title, _bars(result, column)))
     return drawn
 
 
@@ -134,6 +138,9 @@ def _bars(result: dict[str, Any], column: dict[str, Any]) -> str:
             axis.plot(found["interval"], [place] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
             low, high = min(low, found["interval"][0]), max(high, found["interval"][1])
         axis.plot(found["value"], place, "o", color=colour, markersize=5)
+        if "difference" in found:
+            ends = [found["value"] - found["difference"]["value"] + end for end in found["difference"]["interval"]]
+            axis.plot(ends, [place] * 2, color=colour, linewidth=2)
         if row["method"] == result["methods"][0]["method"]:
             axis.axvline(found["value"], color=INK, alpha=0.35, linewidth=1, linestyle="--")
     axis.set_yticks(range(len(rows)), [row["method"] for row in rows])

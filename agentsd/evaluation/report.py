@@ -103,15 +103,18 @@ def findings(result: dict[str, Any]) -> list[str]:
     """One sentence for each method: what is better and worse than stock, and what is within noise."""
     lines = []
     for row in result["methods"][1:]:
-        said: dict[str, list[str]] = {"better": [], "worse": [], "≈": []}
+        said: dict[str, list[str]] = {"better": [], "worse": [], "≈": [], "same": []}
         for column in _columns(result):
             found = row["scores"].get(column.key, {})
             if "difference" not in found:
                 continue
             value, (low, high) = found["difference"]["value"], found["difference"]["interval"]
+            if value == low == high == 0:
+                said["same"].append(column.label)
+                continue
             numbers = f" {value:+.{column.digits}f} ({low:+.{column.digits}f} … {high:+.{column.digits}f})"
             said[verdict(column, found)].append(column.label + numbers)
-        titles = {"better": "better", "worse": "worse", "≈": "within noise"}
+        titles = {"better": "better", "worse": "worse", "≈": "within noise", "same": "the same"}
         parts = [f"{titles[name]}: {', '.join(items)}" for name, items in said.items() if items]
         if parts:
             lines.append(f"{row['method']}: {'; '.join(parts)}.")
@@ -145,7 +148,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["## Where the numbers come from", ""]
     lines += [f"- {name}: `{value}`" if "command" in name else f"- {name}: {value}" for name, value in facts(result)]
     lines += ["", "## Methods", ""]
-    lines += [f"- `{row['method']}`: `{_plain(row['settings'])}`" for row in result["methods"] if row.get("settings")]
+    lines += [
+        f"- `{row['method']}`, SHA-256 {row['settings_sha256']}: `{_plain(row['settings'])}`" for row in _set(result)
+    ]
     if result["protocol"]:
         import yaml
 
@@ -159,6 +164,11 @@ LEGEND = (
     "same seeds, is within noise; otherwise it is better or worse. Time is the median over batches, × stock the median "
     "ratio on the same batches."
 )
+
+
+def _set(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The methods that have settings."""
+    return [row for row in result["methods"] if row.get("settings")]
 
 
 def _plain(value: Any) -> str:
@@ -196,10 +206,11 @@ def page(result: dict[str, Any], folder: Path) -> str:
     body.append("<h2>Where the numbers come from</h2><dl>")
     body += [f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in facts(result)]
     body.append("</dl>")
-    shown = [row for row in result["methods"] if row.get("settings")]
-    if shown:
+    if _set(result):
         body.append("<h2>Methods</h2><dl>")
-        body += [f"<dt>{_e(row['method'])}</dt><dd><code>{_e(_plain(row['settings']))}</code></dd>" for row in shown]
+        for row in _set(result):
+            settings = f"<code>{_e(_plain(row['settings']))}</code>"
+            body.append(f"<dt>{_e(row['method'])}</dt><dd>SHA-256 {row['settings_sha256']}<br>{settings}</dd>")
         body.append("</dl>")
     if result["protocol"]:
         import yaml

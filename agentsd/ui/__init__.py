@@ -1,0 +1,1 @@
+"""The web page: one prompt, stock and accelerated side by side."""

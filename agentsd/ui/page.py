@@ -1,0 +1,276 @@
+"""The gradio page over a studio, and its server."""
+
+import os
+import threading
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+import torch
+
+from agentsd import AgentSDConfig, Report
+from agentsd.cli.arguments import Settings
+from agentsd.ui.doors import Doors
+from agentsd.ui.studio import KINDS, Cancelled, Progress, Result, Studio, Wish, uses_ratio
+
+PROMPT = "a large red circle on the left, a small blue star on the right, on a striped green background"
+IN_GALLERY = 24
+IN_QUEUE = 8
+_CSS = """
+#status progress { width: 100%; height: 0.6rem; accent-color: var(--color-accent); }
+#status p, #numbers p, #layers p { margin: 0.2rem 0; }
+#status .error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+#numbers b { font-size: 1.25rem; }
+#layers div { overflow-x: auto; }
+#layers table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
+#layers th, #layers td { text-align: left; padding: 0.15rem 0.9rem 0.15rem 0; }
+#layers tr { border-bottom: 1px solid var(--border-color-primary); }
+"""
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page: what to draw on one side, the images and what was measured on the other."""
+    limits = studio.limits
+    models = list(studio.models)
+    first = _defaults(models[0])
+    running: dict[str, threading.Event] = {}
+
+    def generate(
+        prompt: str,
+        negative: str,
+        model: str,
+        preset: str,
+        ratio: float,
+        steps: float,
+        guidance: float,
+        seed: float,
+        width: float | None,
+        height: float | None,
+        gallery: list[tuple[str, str]],
+        request: gr.Request,
+    ) -> Iterator[dict[Any, Any]]:
+        session = str(request.session_hash)
+        cancelled = running[session] = threading.Event()
+        yield {status: _waiting("Loading the model …")}
+        try:
+            wish = Wish(
+                prompt=prompt,
+                negative_prompt=negative,
+                model=model,
+                preset=preset,
+                ratio=_number("ratio", ratio),
+                steps=_number("steps", steps),
+                guidance_scale=_number("guidance scale", guidance),
+                seed=_number("seed", seed),
+                width=width or None,
+                height=height or None,
+            )
+            for news in studio.draw(wish, cancelled):
+                if isinstance(news, Progress):
+                    yield {status: _progress(news)}
+                else:
+                    pairs = [
+                        (str(path), f"{kind}, {_short(prompt)}, seed {int(seed)}")
+                        for kind, path in zip(KINDS, news.paths, strict=True)
+                    ]
+                    gallery = [*pairs, *gallery][:IN_GALLERY]
+                    yield {
+                        status: _done(news),
+                        slider: tuple(map(str, news.paths)),
+                        numbers: _numbers(news),
+                        layers: _table(news.report),
+                        parameters: news.parameters,
+                        pictures: gallery,
+                        kept: gallery,
+                    }
+        except Cancelled:
+            yield {status: "<p>Cancelled.</p>"}
+        except (ValueError, OSError) as error:
+            yield {status: _error(" ".join(str(error).split()))}
+        except (MemoryError, torch.OutOfMemoryError):
+            yield {status: _error("out of memory; a smaller width and height need less")}
+        finally:
+            running.pop(session, None)
+
+    def cancel(request: gr.Request) -> str:
+        event = running.get(str(request.session_hash))
+        if event:
+            event.set()
+        return "<p>Cancelled.</p>" if event else "<p>Nothing is running.</p>"
+
+    def with_preset(preset: str) -> Any:
+        plays = uses_ratio(AgentSDConfig.from_preset(preset))
+        info = "Share of the tokens merged away." if plays else f"Plays no part in preset {preset}."
+        return gr.update(interactive=plays, info=info)
+
+    with gr.Blocks(title="AgentSD", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown("# AgentSD\nOne prompt, drawn by stock Stable Diffusion and with accelerated self-attention.")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                prompt = gr.Textbox(
+                    PROMPT if models[0] == "demo" else "",
+                    label="Prompt",
+                    lines=3,
+                    max_length=limits.letters,
+                    elem_id="prompt",
+                )
+                model = gr.Dropdown(models, value=models[0], label="Model", elem_id="model")
+                with gr.Row():
+                    preset = gr.Dropdown(list(AgentSDConfig.presets()), value="paper", label="Preset", elem_id="preset")
+                    ratio = gr.Slider(
+                        0, 0.9, 0.4, step=0.05, label="Ratio", info="Share of the tokens merged away.", elem_id="ratio"
+                    )
+                with gr.Row():
+                    steps = gr.Number(
+                        first.steps, precision=0, label="Steps", info=f"At most {limits.steps}.", elem_id="steps"
+                    )
+                    seed = gr.Number(0, precision=0, label="Seed", info="Of the noise.", elem_id="seed")
+                with gr.Accordion("More", open=False):
+                    negative = gr.Textbox("", label="Negative prompt", max_length=limits.letters, elem_id="negative")
+                    guidance = gr.Number(first.guidance_scale, label="Guidance scale", elem_id="guidance")
+                    with gr.Row():
+                        width = gr.Number(0, precision=0, label="Width", info="0: the model's own.", elem_id="width")
+                        height = gr.Number(0, precision=0, label="Height", info="0: the model's own.", elem_id="height")
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", elem_id="generate")
+                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                status = gr.HTML("<p>Ready.</p>", elem_id="status")
+            with gr.Column(scale=3, min_width=320):
+                slider = gr.ImageSlider(
+                    label="Stock on the left, accelerated on the right",
+                    type="filepath",
+                    interactive=False,
+                    max_height=640,
+                    elem_id="slider",
+                )
+                numbers = gr.HTML(elem_id="numbers")
+                with gr.Accordion("What is done in which layer", open=False):
+                    layers = gr.HTML("<p>Nothing was drawn yet.</p>", elem_id="layers")
+                parameters = gr.Textbox(
+                    label="Generation parameters",
+                    lines=3,
+                    max_lines=8,
+                    interactive=False,
+                    buttons=["copy"],
+                    elem_id="parameters",
+                )
+        pictures = gr.Gallery(
+            label="Images of this session",
+            columns=6,
+            fit_columns=False,
+            height="auto",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_id="gallery",
+        )
+        kept = gr.State([])
+
+        run = go.click(
+            generate,
+            [prompt, negative, model, preset, ratio, steps, guidance, seed, width, height, kept],
+            [status, slider, numbers, layers, parameters, pictures, kept],
+            show_progress="minimal",
+            show_progress_on=status,
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+        stop.click(cancel, None, status, cancels=[run], queue=False, show_progress="hidden", api_visibility="private")
+        preset.change(with_preset, preset, ratio, queue=False, show_progress="hidden", api_visibility="private")
+        model.change(
+            lambda name: [(one := _defaults(name)).steps, one.guidance_scale],
+            model,
+            [steps, guidance],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    return page.queue(max_size=IN_QUEUE, api_open=False)
+
+
+def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
+    """Start the server in a thread; return the page, which closes it, and the server's address.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    from starlette.middleware import Middleware
+
+    folder = studio.output.folder.resolve()
+    # gradio keeps copies of what it shows in a folder of its own; it is to lie in the only one that is served.
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
+    page = build(studio)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        inbrowser=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=1,
+        allowed_paths=[str(folder)],
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+        app_kwargs={"middleware": [Middleware(Doors, folder=folder)]},
+    )
+    return page, address
+
+
+def _defaults(model: str) -> Settings:
+    settings = Settings(model=model)
+    settings.resolve()
+    return settings
+
+
+def _number(name: str, value: float | None) -> float:
+    if value is None:
+        raise ValueError(f"{name} is empty; it must be a number")
+    return value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _waiting(text: str) -> str:
+    return f"<p>{escape(text)}</p><progress></progress>"
+
+
+def _progress(news: Progress) -> str:
+    done = news.step + (news.steps if news.kind == "accelerated" else 0)
+    what = "Warming up" if news.steps == 1 else f"{news.kind.capitalize()}: step {news.step} of {news.steps}"
+    return f'<p>{what}</p><progress value="{done}" max="{2 * news.steps}"></progress>'
+
+
+def _done(result: Result) -> str:
+    words = f" The embedded model does not know: {', '.join(result.unknown)}." if result.unknown else ""
+    return f"<p>Done.{escape(words)}</p>"
+
+
+def _error(text: str) -> str:
+    return f'<p class="error" role="alert">{escape(text[:1].upper() + text[1:].rstrip("."))}.</p>'
+
+
+def _numbers(result: Result) -> str:
+    before, after = result.seconds
+    closeness = "identical images" if result.psnr == float("inf") else f"PSNR {result.psnr:.1f} dB to the stock image"
+    return (
+        f"<p>Stock {before:.2f} s, accelerated {after:.2f} s: <b>{before / after:.2f}×</b> the speed. {closeness}. "
+        "Each timed once, after a warm-up.</p>"
+    )
+
+
+def _table(report: Report) -> str:
+    lines = str(report).splitlines()
+    end = 2 + len(report.layers)
+    head, *rows = [[escape(cell) for cell in line.split("  ") if cell.strip()] for line in (lines[0], *lines[2:end])]
+    cells = "".join("<tr>" + "".join(f"<td>{cell.strip()}</td>" for cell in row) + "</tr>" for row in rows)
+    heads = "".join(f"<th>{cell.strip()}</th>" for cell in head)
+    notes = "".join(f"<p>{escape(line)}</p>" for line in lines[end:])
+    return f"<div><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>{notes}"
