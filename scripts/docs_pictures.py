@@ -35,7 +35,7 @@ def one(**fields: Any) -> AgentSDConfig:
 
 
 ROWS: dict[str, Mapping[str, AgentSDConfig | str]] = {
-    "presets": {name: name for name in ("faithful", "fast", "paper", "turbo")},
+    "presets": {name: name for name in ("faithful", "fast", "paper")},
     "attention": {
         "kv, stride 4": one(attention="kv", stride=4),
         "merge, ratio 0.4": one(attention="merge", stride=2),
