@@ -77,3 +77,35 @@ def _lines(result: dict[str, Any], key: str, scale: float) -> dict[str, dict[int
         for method, value in run[key].items():
             lines.setdefault(method, {})[run["setting"]["latent"][1]] = value * scale
     return lines
+
+
+def draw_front(result: dict[str, Any], output: Path) -> Path:
+    """Plot a result of agentsd-tune beside its configuration; returns the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    front = [(speedup, error) for speedup, error, _ in result["front"] if error]
+    axis.plot(*zip(*front, strict=True), "-", color="0.6", lw=1, marker=".", ms=3, label="predicted front")
+    own = [one for one in result["verified"] if one["predicted"]]
+    for one in own:
+        (faster, error), measured = one["predicted"], (one["speedup"], one["error"])
+        axis.plot([faster, measured[0]], [error, measured[1]], "-", color="C0", lw=0.6)
+    axis.plot([o["speedup"] for o in own], [o["error"] for o in own], "o", color="C0", label="verified by whole images")
+    for index, one in enumerate(one for one in result["verified"] if not one["predicted"]):
+        axis.plot(one["speedup"], one["error"], "s", color=f"C{index + 2}", label=f"preset {one['name']}")
+    best = next(one for one in own if one["name"] == result["chosen"])
+    axis.plot(best["speedup"], best["error"], "*", color="C1", ms=16, label="chosen")
+    if result["target"]["speedup"] is not None:
+        axis.axvline(result["target"]["speedup"], color="k", ls=":", label="target")
+    else:
+        axis.axhline(result["target"]["error"], color="k", ls=":", label="target")
+    axis.set(yscale="log", xlabel="speed of whole images, stock = 1", ylabel="root-mean-square error to stock, of 1")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    picture = output.with_suffix(".png")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
