@@ -28,7 +28,7 @@ class Aggregation:
     Attributes:
         query: what looks, H×n×d, one row for each destination.
         key: what is looked at, H×m×d.
-        bias: added to the scores, broadcastable to H×n×m.
+        bias: added to the scores; with one row for all, or one for each agent.
         scale: of the scores.
         keys: group of keys of each token, N int64; None where every token has its own.
     """
@@ -43,7 +43,7 @@ class Aggregation:
         """What one row attends to, mean over the heads: N weights of sum 1. Tokens of a group share its weight."""
         scores = (self.query[:, row : row + 1] @ self.key.mT) * self.scale
         if self.bias is not None:
-            scores = scores + self.bias
+            scores = scores + (self.bias[:, row : row + 1] if self.bias.shape[1] > 1 else self.bias)
         weights = scores.softmax(dim=-1).mean(dim=(0, 1))
         return weights if self.keys is None else (weights / self.keys.bincount())[self.keys]
 
@@ -191,6 +191,7 @@ class _Watch:
         self.block: Block | None = None
         self.plan: Plan | None = None
         self.todo: Counts | None = None
+        self.places: Tensor | None = None
         self.groups: TokenMap | None = None
         self.keys: TokenMap | None = None
         self.softmax: tuple[Tensor, Tensor, Tensor | None, float] | None = None
@@ -212,7 +213,7 @@ class _Watch:
         todo = counts(plan.phase, plan.ratio, plan.grid) if plan else None
         if plan and todo and todo.attention != "stock":
             self.plan, self.todo, self.softmax = plan, todo, None
-            self.groups, self.keys = _groups(processor.block, plan, todo)
+            self.places, self.groups, self.keys = _groups(processor.block, plan, todo)
             self.attend, processor.attend = processor.attend, self.record
 
     def record(
@@ -233,31 +234,33 @@ class _Watch:
         """What was recorded; None if the processor that is wrapped kept its softmax to itself."""
         if self.softmax is None:
             return None
-        assert self.plan
+        assert self.places is not None
         assert self.todo
         query, key, bias, scale = self.softmax
-        rows = self.plan.destinations if self.todo.attention == "kv" else slice(len(self.plan.destinations))
+        rows = self.places if self.todo.attention == "kv" else slice(len(self.places))
         exact = torch.promote_types(query.dtype, torch.float32)
         query, key = (tensor.detach().to("cpu", exact) for tensor in (query[:, rows], key))
         bias = None if bias is None else bias.detach().to("cpu", exact)
         return Aggregation(query, key, bias, scale, None if self.keys is None else self.keys.index[-1].cpu())
 
 
-def _groups(block: Block, plan: Plan, todo: Counts) -> tuple[TokenMap, TokenMap | None]:
-    """The groups that are shown, and those that keys stand for."""
+def _groups(block: Block, plan: Plan, todo: Counts) -> tuple[Tensor, TokenMap, TokenMap | None]:
+    """The destinations, the groups that are shown, and those that keys stand for."""
     merged = block.merged(plan) if todo.attention != "kv" and todo.queries < plan.tokens else None
+    if todo.attention == "agent" and plan.phase.agents == "pool":
+        (height, width), (sy, sx) = plan.grid, plan.phase.cell_on(plan.grid)
+        rows, columns = height // sy, width // sx
+        row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+        return plan.destinations, TokenMap((row[:, None] * columns + column).view(1, -1), todo.agents), merged
+    # The match may be one of an earlier step, with the destinations of that step.
+    match = block.matched(plan)
+    own = match.score[-1].isneginf().nonzero().flatten()
+    places = own[match.best[-1, own].argsort()]
     if todo.attention == "merge":
         assert merged
-        return merged, merged
-    if todo.attention == "kv":
-        folded = block.matched(plan).fold(plan.tokens - todo.keys)
-        return folded, folded
-    if plan.phase.agents == "merge":
-        return block.matched(plan).fold(plan.tokens - todo.agents), merged
-    (height, width), (sy, sx) = plan.grid, plan.phase.cell_on(plan.grid)
-    rows, columns = height // sy, width // sx
-    row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
-    return TokenMap((row[:, None] * columns + column).view(1, -1), todo.agents), merged
+        return places, merged, merged
+    folded = match.fold(plan.tokens - (todo.keys if todo.attention == "kv" else todo.agents))
+    return places, folded, folded if todo.attention == "kv" else merged
 
 
 def _layers(pipe: Any) -> dict[str, Any]:
@@ -328,7 +331,7 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
             handle.remove()
     if not watch.ran:
         raise ValueError(f"layer {name} is not computed in step {step}")
-    if watch.plan is None or watch.todo is None or watch.groups is None:
+    if watch.plan is None or watch.todo is None or watch.groups is None or watch.places is None:
         raise ValueError(f"layer {name} is stock in step {step}: there is nothing to see")
     aggregation = watch.aggregation()
     if aggregation is None:
@@ -340,7 +343,7 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
         step=step,
         attention=watch.todo.attention,
         grid=watch.plan.grid,
-        places=watch.plan.destinations.cpu(),
+        places=watch.places.cpu(),
         index=watch.groups.index[-1].cpu(),
         aggregation=aggregation,
     )

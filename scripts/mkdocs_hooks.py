@@ -10,6 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
 
 
+def on_config(config: Any) -> Any:
+    """Put pages that the navigation does not name at its end."""
+    named = set(re.findall(r"[\w-]+\.md", str(config.nav)))
+    config.nav += sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name not in named)
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Give the site the plots of the measurements."""
     for plot in sorted((ROOT / RESULTS).glob("*.png")):

@@ -141,7 +141,8 @@ def test_fused_turns_the_attention_by_blocks_off(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("text", "results"), [
+    ("text", "results"),
+    [
         (
             "README.md",
             "cpu-sd15.json cpu-closeness.json cpu-reuse.json cpu-reuse-closeness.json cpu-hires.json "
@@ -149,7 +150,7 @@ def test_fused_turns_the_attention_by_blocks_off(monkeypatch: pytest.MonkeyPatch
         ),
         ("docs/reuse.md", "cpu-reuse.json cpu-reuse-closeness.json"),
         ("docs/benchmarks.md", "cpu-*.json"),
-    ]
+    ],
 )
 def test_the_tables_of_the_texts_are_those_of_the_results(
     text: str, results: str, capsys: pytest.CaptureFixture[str]

@@ -24,7 +24,7 @@ from PIL import Image
 
 import agentsd
 from agentsd.cli.evaluate import main
-from agentsd.evaluation import figures, files, generation, protocols, report
+from agentsd.evaluation import figures, files, generation, protocols, report, texts
 from agentsd.evaluation.files import is_finished, write_png
 from agentsd.evaluation.generation import Timing, timings
 from agentsd.evaluation.methods import method, prepared
@@ -508,6 +508,11 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
     assert main(["score", "out", "--quiet", "--cache", "cache", "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "out/results.json").read_text())
     assert [row["scores"] for row in again["methods"]] == [row["scores"] for row in result["methods"]]
+
+
+def test_the_tables_of_the_texts_are_those_of_the_results() -> None:
+    for text in (ROOT / "README.md", ROOT / "docs" / "evaluation.md"):
+        assert texts.filled(text) == text.read_text(encoding="utf-8")
 
 
 def test_what_has_no_table_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

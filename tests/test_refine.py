@@ -1,6 +1,7 @@
 """The optional refinement: nothing while it is zero, what it says when it is not, and better after training."""
 
 import copy
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -278,6 +279,12 @@ def test_bad_refinements(tiny_unet: Callable[..., Any], tmp_path: Path) -> None:
     file.unlink()
     file.mkdir()
     refused("it cannot be read as safetensors")
+
+
+def test_the_document_has_the_figures_of_the_results() -> None:
+    table = runpy.run_path(str(ROOT / "scripts" / "check_refine.py"))["table"]
+    results = json.loads((ROOT / "benchmarks" / "results" / "refine-demo.json").read_text(encoding="utf-8"))
+    assert table(results) in (ROOT / "docs" / "module.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ QUIET = (
     "--disable-component-update --disable-sync"
 )
 PROMPT = "a red circle"
-WAIT = 120_000  # milliseconds; a loaded machine is slow
+WAIT = 300_000  # milliseconds; a loaded machine is slow
 
 
 def wish(**changes: Any) -> Wish:

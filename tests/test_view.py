@@ -237,6 +237,23 @@ def test_pooled_agents_and_controlnets_and_sdxl_are_shown_too() -> None:
     assert (view.attention, view.grid, len(view.places)) == ("kv", (16, 16), 64)
 
 
+def test_groups_that_are_held_and_layers_that_are_not_computed() -> None:
+    pipe = families.sd("StableDiffusionPipeline")()
+    agentsd.apply(pipe, phases=(Phase(attention="kv", stride=4, match_interval=2, reuse_interval=2),))
+    first, second, third = (agentsd.visualize(pipe, PROMPT, step, 0, num_inference_steps=3) for step in range(3))
+    for view in (first, second, third):
+        assert torch.equal(view.index[view.places], torch.arange(16))
+    assert torch.equal(second.index, first.index)
+    assert torch.equal(second.places, first.places)
+    assert not torch.equal(second.attention_map(3), first.attention_map(3))
+    assert not torch.equal(third.places, first.places)
+    agentsd.apply(pipe, phases=(Phase(attention="kv", stride=2, levels=(1, 2), reuse_interval=2),))
+    deep = next(row.name for row in agentsd.describe(pipe).layers if row.level == 2)
+    assert agentsd.visualize(pipe, PROMPT, 0, deep, num_inference_steps=2).grid == (8, 8)
+    with pytest.raises(ValueError, match="is not computed in step 1"):
+        agentsd.visualize(pipe, PROMPT, 1, deep, num_inference_steps=2)
+
+
 def test_a_compiled_block_is_looked_into() -> None:
     pipe = agentsd.apply(families.sd("StableDiffusionPipeline")(), CONFIG)
     find_layers(pipe.unet)[0].block.compile(backend="eager")
