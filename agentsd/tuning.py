@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from agentsd.config import AgentSDConfig, Phase
 from agentsd.evaluation.files import read_json, write_bytes, write_json
 from agentsd.patch import applied, find_layers, level_grid, patch_of
+from agentsd.reuse import Reuse
 from agentsd.schedule import progress
 
 UNTIL = (0.3, 0.7, 1.0)
@@ -215,6 +216,14 @@ def squared_error(out: Tensor, stock: Tensor) -> float:
     return float((out - stock).double().square().sum() / stock.double().square().sum())
 
 
+def reuse_of(unet: nn.Module) -> Reuse:
+    """What an accelerated UNet keeps from call to call."""
+    patch = patch_of(unet)
+    assert patch is not None
+    assert patch.reuse is not None
+    return patch.reuse
+
+
 @contextmanager
 def _instead(unet: Any, noises: Sequence[Tensor]) -> Iterator[None]:
     """Context in which the first calls return what is known already."""
@@ -284,7 +293,7 @@ class Tuner:
             phase = Phase(attention="stock", reuse_interval=2, **fields)
             try:
                 with applied(self.pipe, AgentSDConfig(phases=(phase,), controlnet=False)):
-                    reuse = patch_of(self.pipe.unet).reuse  # type: ignore[union-attr]
+                    reuse = reuse_of(self.pipe.unet)
                     number = reuse.cuts[phase] + 1
                     module = next(spot.module for spot in reuse.spots if spot.edge and spot.number == number)
             except ValueError:
@@ -383,10 +392,10 @@ class Tuner:
             if config is not None:
                 stack.enter_context(applied(self.pipe, config))
             if held is not None:
-                reuse = patch_of(unet).reuse  # type: ignore[union-attr]
+                reuse = reuse_of(unet)
 
                 def hold(*_: Any) -> None:
-                    reuse.layers, reuse.keep, reuse.held = reuse.keep, 0, held  # type: ignore[union-attr]
+                    reuse.layers, reuse.keep, reuse.held = reuse.keep, 0, held
 
                 stack.enter_context(unet.register_forward_pre_hook(hold))
             out, seconds = self.timed(lambda: unet(*call.args, **call.kwargs)[0])
@@ -479,10 +488,10 @@ class Tuner:
         passes = len(self.measured) * (bool(self.modules) + len(self.parts) * len(changes))
         self.measurements.bar.total += self.repeats * len(self.parts) + passes
         rounds = [
-            [get(f"calls, part {p}, turn {t}", lambda p=p, t=t: self.round(p, t)) for t in range(self.repeats)]
+            [get(f"calls, part {p}, turn {t}", partial(self.round, p, t)) for t in range(self.repeats)]
             for p in range(len(self.parts))
         ]
-        reuses = [get(f"reuse, prompt {i}", lambda i=i: self.reuse(i)) for i in self.measured if self.modules]
+        reuses = [get(f"reuse, prompt {i}", partial(self.reuse, i)) for i in self.measured if self.modules]
         every = [turn for part in rounds for turn in part]
         times = {name: statistics.median(turn[name][0] / turn["stock"][0] for turn in every) for name in every[0]}
         tables = []
@@ -494,7 +503,7 @@ class Tuner:
             weight: dict[str | int, float] = {}
             for what in changes:
                 squares = [
-                    get(f"image, part {part}, {what}, prompt {i}", lambda p=part, w=what, i=i: self.probe(p, w, i))
+                    get(f"image, part {part}, {what}, prompt {i}", partial(self.probe, part, what, i))
                     for i in self.measured
                 ]
                 name = self.probing(part, what)
@@ -560,9 +569,7 @@ class Tuner:
 
         for prompt in range(len(self.prompts)):
             for name in seconds:
-                result = self.measurements.get(
-                    f"{name} in {stage}, prompt {prompt}", lambda n=name, p=prompt: measure(n, p)
-                )
+                result = self.measurements.get(f"{name} in {stage}, prompt {prompt}", partial(measure, name, prompt))
                 seconds[name].append(result["seconds"])
                 squares.setdefault(name, []).append(result["square"])
         stock = statistics.median(seconds["stock"])
