@@ -96,9 +96,9 @@ def compare(name: str, stock: Image.Image) -> None:
         caption: np.abs(np.asarray(image, np.int16) - np.asarray(stock, np.int16)) for caption, image in images.items()
     }
     high = max(np.percentile(delta, 99.5) for delta in deltas.values())
-    factor = 2 ** int(np.log2(255 / max(8.0, high)))
+    factor = 2 ** int(np.log2(255 / max(2.0, high)))
     legend = Image.new("RGB", (SIDE, SIDE), "white")
-    words = f"difference\nfrom stock, ×{factor}"
+    words = f"difference\nfrom stock, times {factor}"
     ImageDraw.Draw(legend).text((8, SIDE // 2 - LINE), words, font=ImageFont.load_default(14), fill="#222222")
     tiles = [("stock", stock, legend)]
     for caption, image in images.items():
