@@ -34,6 +34,14 @@ def one(**fields: Any) -> AgentSDConfig:
     return AgentSDConfig(ratio=ratio, phases=(Phase(**fields),))
 
 
+def merged_in(start: float, end: float) -> AgentSDConfig:
+    """A configuration that merges tokens in one part of the schedule."""
+    merging, stock = {"attention": "merge", "stride": 2, "ratio": 0.6}, {"attention": "stock"}
+    ends = ((start, stock), (end, merging), (1.0, stock))
+    phases = {until: Phase(until=until, **fields) for until, fields in reversed(ends) if until}  # type: ignore[arg-type]
+    return AgentSDConfig(phases=tuple(phases[until] for until in sorted(phases)))
+
+
 ROWS: dict[str, Mapping[str, AgentSDConfig | str]] = {
     "presets": {name: name for name in ("faithful", "fast", "paper")},
     "attention": {
@@ -48,6 +56,30 @@ ROWS: dict[str, Mapping[str, AgentSDConfig | str]] = {
     "proportional": {
         f"merge, ratio 0.6, {words}": one(attention="merge", stride=2, ratio=0.6, proportional=on)
         for on, words in ((False, "each alike"), (True, "by size"))
+    },
+    "phases": {
+        "merge 0.6 until 0.4": merged_in(0.0, 0.4),
+        "from 0.4 to 0.7": merged_in(0.4, 0.7),
+        "from 0.7": merged_in(0.7, 1.0),
+    },
+    "levels": {
+        f"kv, {words}": one(attention="kv", stride=4, levels=levels, min_tokens=64)
+        for words, levels in (("finest grid", (0,)), ("two grids", (0, -1)), ("three grids", (0, -1, -2)))
+    },
+    "constants": {
+        "as published": one(),
+        "k_scale2 1": one(k_scale2=1.0),
+        "k_shortcut 0": one(k_shortcut=0.0),
+        "pooled agents": one(agents="pool"),
+    },
+    "parts": {
+        "self-attention": one(attention="merge", stride=2),
+        "and crossattn": one(attention="merge", stride=2, merge_crossattn=True),
+        "and mlp": one(attention="merge", stride=2, merge_mlp=True),
+    },
+    "reuse": {
+        f"interval {interval}": one(attention="kv", stride=8, reuse_interval=interval, reuse_layers=1, extrapolate=0.7)
+        for interval in (2, 3, 4)
     },
 }
 
