@@ -184,6 +184,7 @@ class Reuse:
     def install(self) -> None:
         """Let each spot decide about the calls of its module."""
         for spot in self.spots:
+            spot.own = vars(spot.module).get("forward")
             spot.module.forward = spot
 
     def remove(self) -> None:
@@ -192,6 +193,8 @@ class Reuse:
         for spot in self.spots:
             if vars(spot.module).get("forward") is spot:
                 del spot.module.forward
+                if spot.own is not None:
+                    spot.module.forward = spot.own
 
     def rest(self) -> None:
         """Let the next call be stock."""
@@ -338,6 +341,8 @@ class Spot:
         self.number = number
         self.edge = edge
         self.inner: Callable[..., Any] = module.forward
+        # Hooks of accelerate and diffusers stand in the place of a module's forward as well.
+        self.own: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module, or what stands in for it."""
@@ -378,7 +383,7 @@ class Layer(Spot):
     """A residual block."""
 
     def instead(self, x: Tensor) -> Any:
-        """As the down block's output, it may be added to in place."""
+        """The features, if this is where they enter; else something that nobody reads."""
         return self.features(x) if self.edge else _like(x)
 
 

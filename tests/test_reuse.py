@@ -408,6 +408,26 @@ def test_offload_on_either_side(unet: Any) -> None:
     assert torch.equal(denoised(agentsd.apply(unet, "turbo")), expected)
 
 
+def test_a_hook_that_was_there_before_comes_back(unet: Any) -> None:
+    """As offload by blocks puts one in the place of a block's forward."""
+    calls: list[int] = []
+
+    class Hook(accelerate.hooks.ModelHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return args, kwargs
+
+    accelerate.hooks.add_hook_to_module(unet.mid_block, Hook())
+    hooked = vars(unet.mid_block)["forward"]
+    agentsd.apply(unet, only(reuse_interval=2))
+    denoised(unet, steps=4)
+    assert len(calls) == 2
+    agentsd.remove(unet)
+    assert vars(unet.mid_block)["forward"] is hooked
+    denoised(unet, steps=4)
+    assert len(calls) == 6
+
+
 def test_a_copy_reuses_its_own(unet: Any) -> None:
     import copy
 
