@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -365,21 +365,35 @@ def _peak(setting: Setting, method: str) -> int:
     with _attention_of(setting):
         for kind in kinds(method, build(setting), setting):
             kind.call()
-    if torch.device(setting.device).type == "cuda":
-        return torch.cuda.max_memory_allocated(setting.device)
+    return _most_memory(setting.device)
+
+
+def _most_memory(device: str) -> int:
+    """The most memory that the process has had, in bytes: allocated on CUDA, resident on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux hands ru_maxrss on from the process that starts another one: there it is the parent's where that is larger.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    if peaks:
+        return peaks[0] * 1024
     # Bytes on macOS, KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_memory(setting: Setting, method: str) -> int:
-    """Peak memory of one call of each kind, in bytes, in a process of its own: allocated on CUDA, resident on a CPU."""
-    task = json.dumps({"setting": asdict(setting), "method": method})
+def _in_a_process(task: dict[str, Any], what: str) -> int:
     done = subprocess.run(
-        [sys.executable, "-m", "agentsd.benchmark", task], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "agentsd.benchmark", json.dumps(task)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {method} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"measuring the memory of {what} failed: {done.stderr.strip().splitlines()[-1]}")
     return int(done.stdout.split()[-1])
+
+
+def peak_memory(setting: Setting, method: str) -> int:
+    """Peak memory of one call of each kind, in bytes, in a process of its own: allocated on CUDA, resident on a CPU."""
+    return _in_a_process({"setting": asdict(setting), "method": method}, method)
 
 
 PARTS = ("matching", "folding and merging", "unmerging", "attention", "projections and copies", "rest of the UNet")
@@ -497,55 +511,97 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+# The layers that `micro` can measure beside accelerated ones.
+STOCK, MODULE = "stock", "module"
+
+
+def _layer(kind: AgentSDConfig | str, count: int, setting: Setting) -> Callable[[], Any]:
+    """A call of one layer on `count` tokens: `STOCK`, `MODULE` (agentsd.nn, 49 agents) or a configuration's."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    from agentsd.nn import AgentAttention
+    from agentsd.processor import AgentSDProcessor, Block, Plan
+
+    side = round(count**0.5)
+    grid, dtype = (side, side), getattr(torch, setting.dtype)
+    # Smooth, as the tokens of a picture are.
+    coarse = torch.randn(setting.batch, 320, 16, 16, generator=torch.Generator().manual_seed(count))
+    image = nn.functional.interpolate(coarse, size=grid, mode="bilinear")
+    x = image.flatten(2).transpose(1, 2).to(setting.device, dtype).contiguous()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == MODULE:
+            module = AgentAttention(320, 8, 49, grid=grid).to(setting.device, dtype).eval()
+            return lambda: module(x)
+        block = BasicTransformerBlock(320, 8, 40, cross_attention_dim=768).to(setting.device, dtype).eval()
+    if isinstance(kind, str):
+        return lambda: block.attn1(x)
+    phase = kind.phases[0].parts[0]
+    places = merging.destinations(grid, phase.cell_on(grid), 0, setting.device)
+    state = Block({1: Plan(phase, kind.ratio_of(phase), grid, places)}, 1, (phase,))
+    block.attn1.set_processor(AgentSDProcessor(block.attn1.processor, state))
+
+    def call() -> None:
+        state.remember(block.norm1, (x,))
+        block.attn1(x)
+
+    return call
+
+
+@torch.inference_mode()
 def micro(
-    tokens: Sequence[int], phases: dict[str, AgentSDConfig], setting: Setting, repeats: int = 5
+    tokens: Sequence[int], layers: dict[str, AgentSDConfig | str], setting: Setting, repeats: int = 5
 ) -> dict[str, dict[int, float]]:
     """Median seconds of one self-attention layer of SD 1.5's finest grid, per number of tokens (square grids).
 
     Args:
         tokens: numbers of tokens, squares.
-        phases: name → configuration whose first phase is measured.
+        layers: name → configuration whose first phase is measured, or one of `STOCK`, `MODULE`.
         setting: batch, dtype and device.
         repeats: repetitions, all variants in turn in each.
     """
-    from diffusers.models.attention import BasicTransformerBlock
-
-    from agentsd.processor import AgentSDProcessor, Block, Plan
-
-    dtype = getattr(torch, setting.dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        block = BasicTransformerBlock(320, 8, 40, cross_attention_dim=768).to(setting.device, dtype).eval()
-    stock = block.attn1.processor
     seconds: dict[tuple[str, int], list[float]] = {}
-    variants = {"stock": None, **phases}
-    with torch.inference_mode(), tqdm(total=(repeats + 1) * len(tokens) * len(variants), desc="layers") as bar:
-        for repeat, count in ((r, n) for n in tokens for r in range(repeats + 1)):
-            side = round(count**0.5)
-            # Smooth, as the tokens of a picture are.
-            coarse = torch.randn(setting.batch, 320, 16, 16, generator=torch.Generator().manual_seed(count))
-            image = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
-            x = image.flatten(2).transpose(1, 2).to(setting.device, dtype).contiguous()
-            for name, config in variants.items():
-                processor = stock
-                if config is not None:
-                    phase, grid = config.phases[0].parts[0], (side, side)
-                    places = merging.destinations(grid, phase.cell_on(grid), 0, setting.device)
-                    state = Block({1: Plan(phase, config.ratio_of(phase), grid, places)}, 1, (phase,))
-                    processor = AgentSDProcessor(stock, state)
-                block.attn1.set_processor(processor)
-                with _stopwatch(setting.device) as passed:
-                    if config is not None:
-                        state.remember(block.norm1, (x,))
-                    block.attn1(x)
-                if repeat:
-                    seconds.setdefault((name, count), []).append(passed())
-                bar.update()
-    return {name: {n: statistics.median(seconds[name, n]) for n in tokens} for name in variants}
+    with tqdm(total=(repeats + 1) * len(tokens) * len(layers), desc="layers") as bar:
+        for count in tokens:
+            calls = {name: _layer(kind, count, setting) for name, kind in layers.items()}
+            for repeat in range(repeats + 1):
+                for name, call in calls.items():
+                    with _stopwatch(setting.device) as passed:
+                        call()
+                    if repeat:
+                        seconds.setdefault((name, count), []).append(passed())
+                    bar.update()
+    return {name: {n: statistics.median(seconds[name, n]) for n in tokens} for name in layers}
 
 
-def exponent(times: dict[int, float], start: int = 4096) -> float:
-    """The exponent of the growth of time with the number of tokens from `start` on: least squares in the logarithms."""
+@torch.inference_mode()
+def _layer_peak(kind: AgentSDConfig | str, count: int, setting: Setting) -> int:
+    call = _layer(kind, count, setting)
+    # A first call on few tokens loads what does not depend on their number.
+    _layer(kind, 256, setting)()
+    cuda = torch.device(setting.device).type == "cuda"
+    if cuda:
+        before = torch.cuda.memory_allocated(setting.device)
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _most_memory(setting.device)
+    call()
+    return _most_memory(setting.device) - before
+
+
+def layer_memory(kind: AgentSDConfig | str, count: int, setting: Setting) -> int:
+    """Bytes by which one call of a layer raises the memory of a process of its own: its output and all in between.
+
+    Raises:
+        RuntimeError: the process failed; so it does on a CPU where the system is not Linux.
+    """
+    named = kind if isinstance(kind, str) else kind.to_dict()
+    return _in_a_process({"setting": asdict(setting), "layer": named, "tokens": count}, f"{count} tokens")
+
+
+def exponent(times: Mapping[int, float], start: int = 4096) -> float:
+    """The exponent of the growth of time or memory with the number of tokens from `start` on: least squares in the logarithms."""
     points = [(math.log(n), math.log(t)) for n, t in times.items() if n >= start]
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
@@ -554,6 +610,13 @@ def _setting(values: dict[str, Any]) -> Setting:
     return Setting(**(values | {"latent": tuple(values["latent"])}))
 
 
+def _measured(task: dict[str, Any]) -> int:
+    setting = _setting(task["setting"])
+    if "method" in task:
+        return _peak(setting, task["method"])
+    layer = task["layer"]
+    return _layer_peak(layer if isinstance(layer, str) else AgentSDConfig.from_dict(layer), task["tokens"], setting)
+
+
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    print(_peak(_setting(given["setting"]), given["method"]))
+    print(_measured(json.loads(sys.argv[1])))

@@ -129,15 +129,25 @@ class Match:
         return TokenMap(self.best.scatter(1, kept, own), tokens - count)
 
 
-def match(x: Tensor, dst: Tensor) -> Match:
+def match(x: Tensor, dst: Tensor, kmeans_steps: int = 0) -> Match:
     """Find the destination that each token is most similar to, by cosine similarity.
 
     Args:
         x: the metric, B×N×C; AgentSD and ToMe for SD take the block's input before its norm.
         dst: token indices of the n destinations.
+        kmeans_steps: so many times more, tokens are compared to the means of what the destinations stand for. A
+            destination stays in its own group, so that none is empty.
     """
     x = x.detach()
-    anchors = F.normalize(x[:, dst], dim=-1).transpose(1, 2)
+    found = _nearest(x, x[:, dst], dst)
+    for _ in range(kmeans_steps):
+        found = _nearest(x, found.fold(x.shape[1]).merge(x), dst)
+    return found
+
+
+def _nearest(x: Tensor, anchors: Tensor, dst: Tensor) -> Match:
+    """The most similar of B×n×C anchors of every token but the destinations."""
+    anchors = F.normalize(anchors, dim=-1).transpose(1, 2)
     rows = max(1, _SCORES_AT_ONCE // (len(x) * len(dst)))
     best = [(part @ anchors).max(dim=-1) for part in x.split(rows, dim=1)]
     index = torch.cat([part.indices for part in best], dim=1)

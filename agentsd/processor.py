@@ -144,7 +144,7 @@ class Block:
         """The most similar destinations, found once per call."""
         if self._matched is None:
             assert self.x is not None
-            self._matched = self.kept or match(self.x, plan.destinations)
+            self._matched = self.kept or match(self.x, plan.destinations, plan.phase.kmeans_steps)
             if self.several and self.kept is None:
                 self.made = self._matched
         return self._matched

@@ -117,11 +117,11 @@ def table(result: dict[str, Any]) -> str:
     for ratio in ratios:
         found = result["drawn"][ratio]
         plain, refined = (found[which]["psnr"] for which in ("without", "with"))
-        cells = [f"{take(plain):.1f} → {take(refined):.1f}" for take in (statistics.mean, min)]
-        cells.append(f"{sum(b > a for a, b in zip(plain, refined, strict=True))} of {images}")
+        row = [f"{take(plain):.1f} → {take(refined):.1f}" for take in (statistics.mean, min)]
+        row.append(f"{sum(b > a for a, b in zip(plain, refined, strict=True))} of {images}")
         if distances:
-            cells.append(" → ".join(_distance(found[which]["frechet"]) for which in ("without", "with")))
-        lines.append(f"| {ratio} | {' | '.join(cells)} |")
+            row.append(" → ".join(_distance(found[which]["frechet"]) for which in ("without", "with")))
+        lines.append(f"| {ratio} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ stand together; destinations are given as a list of token indices.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,25 +24,33 @@ def similarity(u: Sequence[float], v: Sequence[float]) -> float:
     return dot / math.sqrt(sum(a * a for a in u)) / math.sqrt(sum(b * b for b in v))
 
 
-def match(x: Tensor, dst: Sequence[int]) -> list[tuple[float, int, int]]:
-    """(similarity, source, most similar destination) for every source in token order; ties go to the earlier one."""
+def match(x: Tensor, dst: Sequence[int], steps: int = 0) -> list[tuple[float, int, int]]:
+    """(similarity, source, most similar destination) for every source in token order; ties go to the earlier one.
+
+    After every step of k-means a destination is compared to as the mean of the tokens that it stands for.
+    """
     tokens = x.double().tolist()
-    matches = []
-    for source in range(len(tokens)):
-        if source in dst:
-            continue
-        best, target = -math.inf, -1
+    anchors = {destination: tokens[destination] for destination in dst}
+    for _ in range(steps + 1):
+        matches = []
+        for source in range(len(tokens)):
+            if source in dst:
+                continue
+            best, target = -math.inf, -1
+            for destination in dst:
+                s = similarity(tokens[source], anchors[destination])
+                if s > best:
+                    best, target = s, destination
+            matches.append((best, source, target))
         for destination in dst:
-            s = similarity(tokens[source], tokens[destination])
-            if s > best:
-                best, target = s, destination
-        matches.append((best, source, target))
+            members = [destination, *(source for _, source, target in matches if target == destination)]
+            anchors[destination] = x.double()[members].mean(0).tolist()
     return matches
 
 
-def fold(x: Tensor, dst: Sequence[int], count: int) -> list[list[int]]:
+def fold(x: Tensor, dst: Sequence[int], count: int, steps: int = 0) -> list[list[int]]:
     """The groups after folding the `count` most similar sources (ties in token order) into their destinations."""
-    best_first = sorted(match(x, dst), key=lambda m: -m[0])
+    best_first = sorted(match(x, dst, steps), key=lambda m: -m[0])
     target = {source: destination for _, source, destination in best_first[:count]}
     groups = {token: [token] for token in range(len(x)) if token not in target}
     for source, destination in target.items():
@@ -206,6 +215,8 @@ def reference_unet(
     make the groups in another way.
     """
     sy, sx = stride_of(phase)
+    if phase.kmeans_steps:
+        fold = partial(fold, steps=phase.kmeans_steps)
     hooks, patched = [], []
     given = iter(matched_on)
 

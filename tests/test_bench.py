@@ -1,6 +1,7 @@
 """agentsd-bench: what is timed is what it says, and the tables come from the files."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,9 +110,19 @@ def test_the_exponent_of_a_power_law(power: float) -> None:
 
 def test_layers_are_measured_one_by_one() -> None:
     config = AgentSDConfig.from_preset("fast")
-    times = benchmark.micro([256, 1024], {"kv": config}, Setting(batch=1, dtype="float32"), repeats=2)
-    assert set(times) == {"stock", "kv"}
+    layers = {"stock": benchmark.STOCK, "kv": config, "nn": benchmark.MODULE}
+    times = benchmark.micro([256, 1024], layers, Setting(batch=1, dtype="float32"), repeats=2)
+    assert set(times) == {"stock", "kv", "nn"}
     assert all(set(values) == {256, 1024} and min(values.values()) > 0 for values in times.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is set back through /proc")
+def test_the_memory_of_a_layer_is_what_it_takes() -> None:
+    # Linux hands the peak of this process on to those that it starts.
+    ballast = torch.ones(2**28)
+    taken = benchmark.layer_memory(benchmark.STOCK, 9216, Setting(batch=1, dtype="float32"))
+    # Queries, keys, values and output at least; attention that kept its map would take 2.5 GiB.
+    assert 4 * 320 * 4 * 9216 <= taken < 16 * 320 * 4 * 9216 < ballast.nbytes
 
 
 def test_options_are_read() -> None:

@@ -97,6 +97,7 @@ def test_every_preset_loads(name: str) -> None:
         (lambda: AgentSDConfig(ratio=0.8, phases=(Phase(levels={2: {"stride": 2}}),)), "ratio is 0.8; with stride 2"),
         (lambda: Phase(max_agents=0), "max_agents is 0; it must be null or a whole number from 1"),
         (lambda: Phase(min_tokens=True), "min_tokens is True"),
+        (lambda: Phase(kmeans_steps=-1), "kmeans_steps is -1; it must be a whole number from 0"),
         (lambda: Phase(kv_ratio=1.5), "kv_ratio is 1.5"),
         (lambda: Phase(proportional=1), "proportional is 1; it must be true or false"),
         (lambda: AgentSDConfig(phases=(Phase(until=0.5),)), r"until must rise .* be 1 in the last"),

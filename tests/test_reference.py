@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 import agentsd
@@ -143,6 +144,7 @@ def phases(draw: Any, attention: str, until: float) -> Phase:
         merge_attn=draw(st.booleans()),
         merge_crossattn=draw(st.booleans()),
         merge_mlp=draw(st.booleans()),
+        kmeans_steps=draw(st.sampled_from([0, 1, 3])),
     )
 
 
@@ -171,6 +173,20 @@ def test_reference_folds_the_most_similar_sources() -> None:
     assert reference.fold(x, [0, 1], 2) == [[0, 2], [1, 4], [3], [5]]
     assert reference.fold(x, [0, 1], 3) == [[0, 2, 3], [1, 4], [5]]
     assert reference.fold(x, [0, 1], 9) == [[0, 2, 3], [1, 4, 5]]
+
+
+def test_reference_kmeans_is_scikit_learns() -> None:
+    """On the unit circle cosine similarity ranks as the distance does; with two clusters apart, both find them."""
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.cat([torch.rand(20, generator=generator), 2.5 + torch.rand(20, generator=generator)])
+    x = torch.stack([angles.cos(), angles.sin()], dim=1)
+    # Both destinations begin in the first cluster.
+    groups = reference.fold(x, [0, 1], 40, steps=6)
+    found = KMeans(2, init=x[[0, 1]].numpy(), n_init=1).fit(x.numpy()).labels_
+    # The destination that ended in the other cluster's group stays in its own.
+    assert {frozenset(group) - {0, 1} for group in groups} == {
+        frozenset(torch.from_numpy(found == label).nonzero().flatten().tolist()) - {0, 1} for label in (0, 1)
+    }
 
 
 @given(grid=grids, stride=strides)
@@ -263,6 +279,7 @@ KV = Phase(attention="kv", stride=2)
         (AGENT, {"merge_attn": False}),
         (AGENT, {"merge_crossattn": True}),
         (AGENT, {"merge_mlp": True}),
+        (AGENT, {"kmeans_steps": 1}),
         (MERGE, {"proportional": True}),
         (MERGE, {"stride": (2, 3)}),
         (MERGE, {"ratio": 0.1}),
@@ -271,11 +288,13 @@ KV = Phase(attention="kv", stride=2)
         (MERGE, {"merge_attn": False}),
         (MERGE, {"merge_crossattn": True}),
         (MERGE, {"merge_mlp": True}),
+        (MERGE, {"kmeans_steps": 1}),
         (KV, {"stride": (2, 3)}),
         (KV, {"stride": (3, 2)}),
         (KV, {"attention": "stock"}),
         (KV, {"merge_crossattn": True}),
         (KV, {"merge_mlp": True}),
+        (KV, {"kmeans_steps": 1}),
     ],
 )
 def test_every_setting_changes_the_output(unet: UNet2DConditionModel, phase: Phase, change: dict[str, Any]) -> None:

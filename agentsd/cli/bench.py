@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
     group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: the best there is)")
     group.add_argument("--compile", action="store_true", help="compile the UNet")
-    group.add_argument("--memory", action="store_true", help="peak memory too, each method in a process of its own")
+    group.add_argument(
+        "--memory", action="store_true", help="peak memory too, each method or layer in a process of its own"
+    )
     group.add_argument("--micro", action="store_true", help="single layers of 1,024 to 65,536 tokens instead")
     group.add_argument("--profile", action="store_true", help="where the time goes, of stock and ours, instead")
     group.add_argument(
@@ -163,23 +165,37 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 
 def _micro(args: argparse.Namespace) -> dict[str, Any]:
     from agentsd import AgentSDConfig, Phase
-    from agentsd.benchmark import environment, exponent, micro
+    from agentsd.benchmark import MODULE, STOCK, environment, exponent, layer_memory, micro
 
     setting = _setting(args, 64)
-    variants = {
+    phases = {
         "agent, 256 agents": Phase(attention="agent", stride=4, max_agents=256, agent_ratio=1.0),
         "kv, 256 agents": Phase(attention="kv", stride=4, max_agents=256),
         "kv, stride 4": Phase(attention="kv", stride=4),
+        "kv, stride 8": Phase(attention="kv", stride=8),
+        "kv, stride 8, a k-means step": Phase(attention="kv", stride=8, kmeans_steps=1),
         "merge, stride 2": Phase(attention="merge", stride=2),
     }
-    configs = {name: AgentSDConfig(phases=(phase,)) for name, phase in variants.items()}
-    times = micro([4**n for n in range(5, 9)], configs, setting, args.repeats)
-    return {
+    layers: dict[str, AgentSDConfig | str] = {
+        "stock": STOCK,
+        **{name: AgentSDConfig(phases=(phase,)) for name, phase in phases.items()},
+        "agentsd.nn, 49 agents": MODULE,
+    }
+    tokens = [4**n for n in range(5, 9)]
+    times = micro(tokens, layers, setting, args.repeats)
+    result: dict[str, Any] = {
         "environment": environment(setting.device),
         "setting": asdict(setting),
         "layers": times,
         "exponents": {name: exponent(values) for name, values in times.items()},
     }
+    if args.memory:
+        taken = {
+            name: {count: layer_memory(layer, count, setting) for count in tokens} for name, layer in layers.items()
+        }
+        result["memory"] = taken
+        result["memory_exponents"] = {name: exponent(values) for name, values in taken.items()}
+    return result
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
@@ -273,6 +289,12 @@ def markdown(result: dict[str, Any]) -> str:
             table.append([name, *cells, f"{result['exponents'][name]:.2f}"])
         what = f"one self-attention layer of SD 1.5's finest grid, batch {setting['batch']}, {setting['dtype']}"
         tables.append((f"{what}, {_machine(environment)}", table))
+        if "memory" in result:
+            table = [["layer", *(f"{int(n):,} tokens, MiB" for n in tokens), "exponent from 4,096"]]
+            for name, sizes in result["memory"].items():
+                cells = [f"{size / 2**20:.1f}" for size in sizes.values()]
+                table.append([name, *cells, f"{result['memory_exponents'][name]:.2f}"])
+            tables.append(("the same, memory of a call: its output and all in between", table))
     elif "psnr" in result:
         table = [["method", "PSNR to the stock image, mean / worst, dB"]]
         for name, decibels in result["psnr"].items():
