@@ -601,7 +601,7 @@ def layer_memory(kind: AgentSDConfig | str, count: int, setting: Setting) -> int
 
 
 def exponent(times: Mapping[int, float], start: int = 4096) -> float:
-    """The exponent of the growth of time or memory with the number of tokens from `start` on: least squares in the logarithms."""
+    """The exponent of the growth with the number of tokens from `start` on: least squares in the logarithms."""
     points = [(math.log(n), math.log(t)) for n, t in times.items() if n >= start]
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 

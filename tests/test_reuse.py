@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,19 @@ def test_interval_1_is_no_reuse_bit_for_bit(unet: Any, preset: str) -> None:
     expected = denoised(agentsd.apply(unet, config))
     assert torch.equal(denoised(agentsd.apply(unet, AgentSDConfig.from_dict(values))), expected)
     assert torch.equal(denoised(agentsd.apply(unet, config.replace(cross_reuse_from=1.0))), expected)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(17, "17%"), (10, "30%"), (19, None), (50, None)])
+def test_a_run_of_few_steps_is_warned_of_once(unet: Any, steps: int, share: str | None) -> None:
+    agentsd.apply(unet, only(reuse_interval=3, reuse_layers=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            denoised(unet, steps, embedding(seed))
+    said = [str(warning.message) for warning in caught if "reuse_interval" in str(warning.message)]
+    expected = f"reuse_interval is 3: in a run of {steps} steps, {share} of the noise schedule lie between two whole"
+    assert len(said) == (share is not None)
+    assert all(message.startswith(expected) for message in said)
 
 
 @contextlib.contextmanager
