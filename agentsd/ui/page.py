@@ -1,5 +1,6 @@
 """The gradio page over a studio, and its server."""
 
+import inspect
 import os
 import threading
 from collections.abc import Iterator
@@ -200,6 +201,8 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
     # gradio keeps copies of what it shows in a folder of its own; it is to lie in the only one that is served.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
     page = build(studio)
+    # Not in every gradio 6.
+    newer = {"run_history": False} if "run_history" in inspect.signature(page.launch).parameters else {}
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -210,7 +213,6 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
-        run_history=False,
         enable_monitoring=False,
         footer_links=[],
         max_file_size=1,
@@ -218,6 +220,7 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         app_kwargs={"middleware": [Middleware(Doors, folder=folder)]},
+        **newer,
     )
     return page, address
 
