@@ -255,8 +255,12 @@ class Visit:
 
     def generate(self, expect: str, **fields: str) -> str:
         """Fill fields in, ask for images and wait until the status says what is expected."""
-        for name, value in fields.items():
-            self.page.fill(f"#{name} textarea, #{name} input[type=number]", value)
+        places = {f"#{name} textarea, #{name} input[type=number]": value for name, value in fields.items()}
+        # Older gradio sets the fields once more when the page is there already.
+        while any(self.page.input_value(place) != value for place, value in places.items()):
+            for place, value in places.items():
+                self.page.fill(place, value)
+            self.page.wait_for_timeout(500)
         self.page.click("#generate")
         return self.status(expect)
 
