@@ -1,5 +1,6 @@
 """`agentsd.visualize`: what it shows is what the run does."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -91,7 +92,19 @@ class Looked:
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    pipe = families.sd("StableDiffusionPipeline")().to(torch.float64)
+    # The families share their text encoders and VAEs.
+    pipe = copy.deepcopy(families.sd("StableDiffusionPipeline")()).to(torch.float64)
+    forward = pipe.text_encoder.forward
+
+    def in_float64(*args: Any, **kwargs: Any) -> Any:
+        """Older text encoders make their masks in the default type."""
+        torch.set_default_dtype(torch.float64)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    pipe.text_encoder.forward = in_float64
     return agentsd.apply(pipe, CONFIG)
 
 
