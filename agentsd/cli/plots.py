@@ -14,10 +14,18 @@ def draw(result: dict[str, Any], output: Path) -> Path:
     panels: list[tuple[str, str, str, dict[str, dict[int, float]]]] = []
     if "layers" in result:
         times = {
-            f"{name} (exponent {result['exponents'][name]:.2f})": {int(n): 1000 * t for n, t in values.items()}
+            f"{name} (N^{result['exponents'][name]:.2f})": {int(n): 1000 * t for n, t in values.items()}
             for name, values in result["layers"].items()
         }
         panels.append(("one self-attention layer", "tokens", "ms", times))
+        if "memory" in result:
+            taken = {
+                f"{name} (exponent {result['memory_exponents'][name]:.2f})": {
+                    int(n): b / 2**20 for n, b in values.items()
+                }
+                for name, values in result["memory"].items()
+            }
+            panels.append(("memory of a call", "tokens", "MiB", taken))
     elif "parts" in result:
         return _bars(result["parts"], output)
     else:
@@ -26,7 +34,13 @@ def draw(result: dict[str, Any], output: Path) -> Path:
         )
         if any(run["memory"] for run in result["runs"]):
             panels.append(("peak memory", "latent cells a side", "GiB", _lines(result, "memory", 2**-30)))
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(6.4 * len(panels), 5.4 if "layers" in result else 4.4),
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, (title, across, unit, lines) in zip(axes[0], panels, strict=True):
         several = any(len(values) > 1 for values in lines.values())
         for name, values in lines.items():
@@ -39,9 +53,16 @@ def draw(result: dict[str, Any], output: Path) -> Path:
         if several:
             axis.set_ylabel(unit)
             axis.set_xlabel(across)
-            axis.legend()
             if "layers" in result:
-                axis.loglog(base=2)
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
+                axis.set_xscale("log")
+                axis.set_yscale("log")
+                counts = list(next(iter(lines.values())))
+                axis.set_xticks(counts, [f"{n:,}" for n in counts])
+                axis.minorticks_off()
+                axis.yaxis.set_major_formatter("{x:,g}")
+            else:
+                axis.legend()
         else:
             axis.set_xlabel(unit)
             axis.invert_yaxis()
