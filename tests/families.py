@@ -597,3 +597,5 @@ def ip_adapter_ready() -> Any:
 
 
 FAMILIES: dict[str, Family] = {family.name: family for family in families()}
+# Those that the fast tests look at.
+KINDS = (next(iter(FAMILIES)), "ControlNet", "LDM text-to-image", "SDXL text-to-image")

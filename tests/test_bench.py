@@ -116,6 +116,7 @@ def test_layers_are_measured_one_by_one() -> None:
     assert all(set(values) == {256, 1024} and min(values.values()) > 0 for values in times.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is set back through /proc")
 def test_the_memory_of_a_layer_is_what_it_takes() -> None:
     # Linux hands the peak of this process on to those that it starts.

@@ -79,6 +79,7 @@ def test_training_scenes_never_show_what_is_held_out() -> None:
     assert all(scenes.parse(prompt).held_out for prompt in held_out_prompts(50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "area"),
     [
@@ -113,6 +114,7 @@ def test_pictures_depend_on_the_seed_alone_and_are_anti_aliased() -> None:
     assert (F.avg_pool2d(large, 2) - image).abs().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_the_checker_reads_rendered_scenes() -> None:
     accuracy = checker_accuracy(AttributeChecker.load(), 600, seed=77)
     assert set(accuracy) == {"shape", "colour", "size", "place", "background", "texture", "all"}
@@ -172,6 +174,7 @@ def test_each_word_is_one_token(pipe: Any) -> None:
     assert len(pipe.tokenizer("a zebra").input_ids) == 8
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_the_picture(pipe: Any) -> None:
     rng = random.Random(11)
     images, _ = scenes.render([scenes.sample(rng, held_out=i % 2 == 1) for i in range(12)], seed=4)

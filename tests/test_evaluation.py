@@ -236,6 +236,7 @@ def test_methods_are_what_they_say(tiny_pipeline: Any) -> None:
             method(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [*METHODS, "turbo"])
 def test_what_a_method_draws_depends_on_its_arguments_alone(text: str, tiny_pipeline: Any) -> None:
     tiny_pipeline.set_progress_bar_config(disable=True)
@@ -260,6 +261,7 @@ def test_what_a_method_draws_depends_on_its_arguments_alone(text: str, tiny_pipe
 # Generation
 
 
+@pytest.mark.slow
 def test_images_are_the_pipelines_own(evaluate: Run, tmp_path: Path, protocol: Path, tiny_pipeline: Any) -> None:
     assert evaluate("generate", "out") == 0
     prompts = protocols.prompts(protocols.load(protocol))
@@ -321,6 +323,7 @@ def test_what_a_kill_leaves_is_made_whole(evaluate: Run, tmp_path: Path, monkeyp
     assert evaluate("generate", "out", *options) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [1, 5, 12])
 def test_an_interrupted_run_goes_on(
     moment: int, evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -464,6 +467,7 @@ def test_any_number_of_processes_makes_the_same_bits_after_a_kill(
 # Scores and reports
 
 
+@pytest.mark.slow
 @scoring
 def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("run", "out") == 0
@@ -554,6 +558,7 @@ class Tags(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 @scoring
 def test_the_page_is_whole_and_opens_offline(evaluate: Run, tmp_path: Path) -> None:
     assert evaluate("run", "out", "--limit", 4) == 0

@@ -21,6 +21,7 @@ from agentsd.patch import patch_of
 from conftest import build_unet
 from families import (
     FAMILIES,
+    KINDS,
     PROMPT,
     Family,
     controlnet,
@@ -151,7 +152,9 @@ def covered_rows(report: agentsd.Report) -> list[Any]:
     return [row for row in report.layers if any(counts.attention != "stock" for counts in row.phases)]
 
 
-each = pytest.mark.parametrize("name", FAMILIES)
+each = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
+)
 
 
 @each
@@ -214,6 +217,7 @@ def test_describe_counts_the_layers_that_work_on_fewer_tokens(name: str) -> None
     assert all(run.merged[layer] <= told[layer_key(layer)] for layer in fewer)
 
 
+@pytest.mark.slow
 def test_two_families_have_self_attention_that_is_not_spatial() -> None:
     others = {name: run.others for name in FAMILIES if (run := seen(name)).others}
     assert list(others) == ["GLIGEN", "AnimateDiff"]

@@ -199,6 +199,7 @@ def test_attention_backend_sliced_agrees_with_sdpa(run: Run) -> None:
     assert abs(apart).max() <= 1
 
 
+@pytest.mark.slow
 def test_compile_agrees_with_eager(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(
@@ -210,6 +211,7 @@ def test_compile_agrees_with_eager(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert abs(apart).max() <= 1
 
 
+@pytest.mark.slow
 def test_lora_changes_the_image_by_its_weight(run: Run, tiny_pipeline: Any, tmp_path: Path) -> None:
     lora = make_lora(tiny_pipeline, tmp_path / "style")
     assert run("--stock")[0] == 0
@@ -267,6 +269,7 @@ def test_inpainting_keeps_what_is_not_masked(run: Run, tmp_path: Path) -> None:
 # Repeating an image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -451,6 +454,7 @@ def test_psnr_and_difference_have_known_values() -> None:
     assert difference(grey, grey)[1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (64, 128), (200, 100), (700, 40)])
 @pytest.mark.parametrize("words", [1, 300])
 def test_comparison_clips_no_text_and_keeps_its_margins(width: int, height: int, words: int) -> None:
@@ -730,6 +734,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "agentsd.cli.generate", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_finished_images_and_leaves_no_half_file(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     arguments = (
         "--model",
@@ -765,6 +770,7 @@ def test_interrupt_keeps_finished_images_and_leaves_no_half_file(tiny_pipeline_f
         assert pixels(file).shape == (64, 64, 3)
 
 
+@pytest.mark.slow
 def test_progress_bar_is_labelled(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     arguments = command(
         "--model", tiny_pipeline_folder, "--prompt", "x", "--steps", 2, "--output", tmp_path, "--num-images", 2

@@ -78,6 +78,7 @@ def test_deterministic_algorithms_sum_in_a_fixed_order_and_give_the_same(unet: A
     torch.testing.assert_close(fixed, ordinary, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_lora_learns(unet: Any, preset: str, checkpointing: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import agentsd
 from agentsd import AgentSDConfig, Phase
 from compatibility import TABLE, Compatibility, read
-from families import FAMILIES, Family
+from families import FAMILIES, KINDS, Family
 from operations import (
     AGAIN,
     COLUMNS,
@@ -33,19 +33,7 @@ OTHER = AgentSDConfig.from_preset("faithful")
 FIRST = next(iter(FAMILIES))
 
 # The first family with every operation, and these families with these operations, are the fast tests.
-KINDS = (FIRST, "ControlNet", "IP-Adapter", "PAG", "AnimateDiff", "LDM text-to-image", "SDXL text-to-image")
-TELLING = (
-    "load LoRA",
-    "load IP-Adapter",
-    "attention slicing",
-    "fuse QKV",
-    "FreeU",
-    "float64",
-    "sequential offload",
-    "another noise schedule",
-    "deepcopy",
-    "tomesd",
-)
+TELLING = ("attention slicing", "fuse QKV", "deepcopy")
 
 
 def fast(family: str, operation: str) -> bool:
@@ -93,6 +81,7 @@ def test_both_orders_give_the_same_image(family: Family, operation: Operation, c
     assert torch.equal(draw(family, after, operation), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "operation",
     [

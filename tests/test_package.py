@@ -156,6 +156,7 @@ def test_embedded_model_names_no_folder() -> None:
     assert [config["_name_or_path"] for config in configs if Path(config.get("_name_or_path", "")).is_absolute()] == []
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy() -> None:
     modules = run(sys.executable, "-c", "import sys, agentsd; print(*sys.modules)").stdout.split()
     assert "torch" in modules

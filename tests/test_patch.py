@@ -418,6 +418,7 @@ def test_no_attention_map_is_materialised(tiny_unet: Callable[..., Any], preset:
         assert largest[timestep] <= max(tokens * tokens // stride**2, tokens * 128)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_do_not_break_or_recompile(tiny_unet: Callable[..., Any], inputs: Any) -> None:
     from torch._dynamo.testing import CompileCounter
 

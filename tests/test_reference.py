@@ -232,6 +232,7 @@ def test_paper_phases_with_options(unet: UNet2DConditionModel, timestep: int, pr
         assert largest(ours - accelerated(unet, paper, *call)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["agent", "merge", "kv", "stock"])
 @given(data=st.data(), grid=grids, batch=st.integers(1, 3), use_rand=st.booleans(), seed=seeds, early=st.booleans())
 @examples
@@ -570,6 +571,7 @@ def low_precision_errors(dtype: torch.dtype, phase: Phase, seed: int) -> tuple[f
     return ((ours - same).norm() / same.norm()).item(), ((ours - own).norm() / own.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BUDGET)
 @pytest.mark.parametrize("phase", [AGENT, MERGE, KV], ids=lambda phase: phase.attention)
 def test_low_precision(phase: Phase, dtype: torch.dtype) -> None:

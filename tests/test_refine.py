@@ -202,6 +202,7 @@ def test_refinement_stays_beside_an_ip_adapter(tiny_pipeline: Any, tmp_path: Pat
     assert not torch.allclose(drawn(agentsd.apply(tiny_pipeline, CONFIG), **arguments), before, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_refined_blocks_compile_in_one_graph(tiny_unet: Callable[..., Any], tmp_path: Path) -> None:
     unet = tiny_unet().requires_grad_(False)
     agentsd.apply(unet, CONFIG, refine=written(tmp_path / "refine.safetensors", unet))

@@ -67,6 +67,7 @@ def denoised(
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("interval", [2, 3])
 def test_the_latents_are_those_of_deepcache(unet: Any, branch: int, interval: int) -> None:
@@ -84,6 +85,7 @@ def test_the_latents_are_those_of_deepcache(unet: Any, branch: int, interval: in
     assert (ours - stock).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_interval_1_is_no_reuse_bit_for_bit(unet: Any, preset: str) -> None:
     config = AgentSDConfig.from_preset(preset)
@@ -95,6 +97,7 @@ def test_interval_1_is_no_reuse_bit_for_bit(unet: Any, preset: str) -> None:
     assert torch.equal(denoised(agentsd.apply(unet, config.replace(cross_reuse_from=1.0))), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "share"), [(17, "17%"), (10, "30%"), (19, None), (50, None)])
 def test_a_run_of_few_steps_is_warned_of_once(unet: Any, steps: int, share: str | None) -> None:
     agentsd.apply(unet, only(reuse_interval=3, reuse_layers=1))
@@ -150,6 +153,7 @@ NOT_REUSING = ("AnimateDiff", "ControlNet-XS", "SDXL ControlNet-XS", "LDM")
 REUSING = [name for name in FAMILIES if not name.startswith(NOT_REUSING)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REUSING)
 def test_every_family_draws_what_stock_draws_with_features_put_in_by_hand(name: str) -> None:
     """ControlNets, adapters, img2img, inpainting, SDXL: one whole level is computed in every second or third call."""
@@ -415,6 +419,7 @@ def test_compiled_each_kind_of_call_is_a_graph_of_its_own(config: AgentSDConfig,
         denoised(model, text=embedding(8))
 
 
+@pytest.mark.slow
 def test_offload_on_either_side(unet: Any) -> None:
     expected = denoised(agentsd.apply(unet, "turbo"))
     accelerate.cpu_offload(unet, torch.device("cpu"))

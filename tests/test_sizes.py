@@ -79,6 +79,7 @@ def test_every_latent_size_is_accelerated_as_described(
 SIZES = [(64, 64), (128, 64), (40, 168), (72, 56), (8, 8), (8, 256), (104, 88)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_every_size_that_diffusers_accepts_gives_an_image(size: tuple[int, int]) -> None:
     pipe = build(None)

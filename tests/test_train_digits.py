@@ -24,6 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str | Path) -> dict[str, Any]
     return runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_it_trains_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, document = tmp_path / "digits.json", tmp_path / "module.md"
     script = runpy.run_path(str(SCRIPT))

@@ -88,6 +88,7 @@ def relative(out: torch.Tensor, stock: torch.Tensor) -> float:
     return float((out.double() - stock.double()).norm() ** 2 / stock.double().norm() ** 2)
 
 
+@pytest.mark.slow
 def test_errors_of_attention_are_those_of_the_configuration_on_the_stock_inputs(tuner: Tuner) -> None:
     assert tuner.settings == {1: ["kv 2, half", "kv 2", "kv 4"]}
     pipe = pipeline()
@@ -107,6 +108,7 @@ def test_errors_of_attention_are_those_of_the_configuration_on_the_stock_inputs(
         assert 0 < errors[0] < errors[2]
 
 
+@pytest.mark.slow
 def test_errors_of_reuse_are_those_of_a_run_with_it_on_the_stock_inputs(tuner: Tuner) -> None:
     pipe = pipeline()
     values = tuner.measurements.values["reuse, prompt 0"]
@@ -121,6 +123,7 @@ def test_errors_of_reuse_are_those_of_a_run_with_it_on_the_stock_inputs(tuner: T
         assert any(values[name])
 
 
+@pytest.mark.slow
 def test_an_image_says_how_much_errors_of_a_part_matter(tuner: Tuner) -> None:
     """The calls before the part, which are not computed there, are computed here."""
     pipe = pipeline()
@@ -156,6 +159,7 @@ def test_the_choice_is_the_best_of_the_verified_and_the_same_without_measuring_a
         again.tune(speedup=50)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on_where_it_was(tuner: Tuner, tmp_path: Path) -> None:
     file, pipe, left = tmp_path / "tuned.json", pipeline(), 90
 

@@ -279,6 +279,7 @@ class Visit:
         return sum(map(float, re.findall(r"[\d.]+", style)[:3])) / 3
 
 
+@pytest.mark.slow
 def test_a_visitor_draws_compares_and_copies(browser: Any, address: str, folder: Path) -> None:
     with Visit(browser, address) as visit:
         page = visit.page
@@ -335,6 +336,7 @@ def test_a_visitor_draws_compares_and_copies(browser: Any, address: str, folder:
         assert another.page.locator("#gallery img").count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_narrow_and_wide_light_and_dark(browser: Any, address: str, width: int, scheme: str) -> None:
