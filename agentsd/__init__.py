@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from agentsd.config import AgentSDConfig, Phase
+from agentsd.config import AgentSDConfig, AgentSDWarning, Phase
 from agentsd.patch import applied, apply, disabled, is_applied, remove
 from agentsd.report import Report, describe
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AgentSDConfig",
+    "AgentSDWarning",
     "Phase",
     "Report",
     "View",

@@ -16,6 +16,10 @@ SPACINGS = ("uniform", "quadratic")
 _NOT_OF_A_LEVEL = ("until", "levels", "reuse_interval", "reuse_depth", "reuse_layers", "reuse_spacing", "extrapolate")
 
 
+class AgentSDWarning(UserWarning):
+    """What was asked for is done, but not as well as it might be expected to be."""
+
+
 def _number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
@@ -269,6 +273,11 @@ class AgentSDConfig:
         """Whether anything is kept from one call to the next."""
         phases = (part for phase in self.phases for part in (phase, *phase.parts))
         return self.cross_reuse_from is not None or any(p.reuse_interval > 1 or p.match_interval > 1 for p in phases)
+
+    @property
+    def uses_ratio(self) -> bool:
+        """Whether `ratio` plays a part."""
+        return any(part.merges and part.ratio is None for phase in self.phases for part in phase.parts)
 
     def ratio_of(self, phase: Phase) -> float:
         """The share of tokens that `phase` merges away."""

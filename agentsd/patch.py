@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from agentsd.config import AgentSDConfig, Phase
+from agentsd.config import AgentSDConfig, AgentSDWarning, Phase
 from agentsd.merging import destinations, step_key
 from agentsd.processor import AgentSDProcessor, Block, Plan, obstacle
 from agentsd.reuse import Reuse
@@ -191,6 +191,7 @@ class Patch:
             warnings.warn(
                 f"agentsd leaves {len(left_alone)} of {len(self.covered)} covered layers of {kind} alone because of "
                 f"{names}; agentsd.describe(model) lists them",
+                AgentSDWarning,
                 stacklevel=2,
             )
         self.left_alone = left_alone

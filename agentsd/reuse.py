@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agentsd.config import AgentSDConfig, Phase
+from agentsd.config import AgentSDConfig, AgentSDWarning, Phase
 from agentsd.merging import Match
 from agentsd.processor import Block
 from agentsd.schedule import Clock, phase_at, progress
@@ -305,6 +305,7 @@ class Reuse:
                 f"reuse_interval is {phase.reuse_interval}: in a run of {len(schedule)} steps, {apart:.0%} of the noise"
                 f" schedule lie between two whole calls, and images change visibly beyond {_FAR:.0%}; take more steps, "
                 "or a preset without step reuse",
+                AgentSDWarning,
                 stacklevel=2,
             )
 

@@ -718,7 +718,7 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path, capsys: pytest.Cap
         (["--protocol", "paper"], "--model names it"),
         (["--protocol", "coco", "--model", "demo"], "--captions names"),
         (["--method", "nothing"], "method is 'nothing'"),
-        (["--limit", "0"], "'0' must be a whole number from 1"),
+        (["--limit", "0"], "must be a whole number from 1, not '0'"),
         (["--output", "small.yaml/out"], "small.yaml/out"),
         (["--model", "missing"], "unknown model 'missing'"),
         (["--device", "cuda:9"], "cuda:9"),

@@ -192,7 +192,7 @@ def test_the_command_writes_a_configuration_that_others_use(
     output = tmp_path / "tuned.yaml"
     assert main(arguments(tiny_pipeline_folder, output, "--target-speedup", "1000")) == 2
     error = capsys.readouterr().err
-    assert "agentsd-tune: no configuration is 1000 times as fast as stock here: the fastest" in error
+    assert "agentsd-tune: error: no configuration is 1000 times as fast as stock here: the fastest" in error
     assert "Traceback" not in error
     assert not output.exists()
     measured = json.loads(output.with_suffix(".json").read_text())["measurements"]
@@ -230,11 +230,11 @@ def test_the_command_writes_a_configuration_that_others_use(
         (["--max-error", "0"], "--max-error is 0; it must be a number above 0, at most 1"),
         ([], "one of the arguments --target-speedup --max-error is required (see agentsd-tune --help)"),
         (["--target-speedup", "2", "--max-error", "0.1"], "not allowed with argument --target-speedup"),
-        (["--max-error", "0.1", "--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["--max-error", "0.1", "--prompts", "missing.txt"], "missing.txt: No such file or directory"),
         (["--max-error", "0.1", "-o", "missing/tuned.yaml"], "'missing/tuned.yaml'; its folder does not exist"),
         (["--max-error", "0.1", "-o", "tuned.txt"], "--output is 'tuned.txt'; it must end in .yaml"),
         (["--max-error", "0.1", "--model", "missing"], "unknown model 'missing'"),
-        (["--max-error", "0.1", "--steps", "0"], "argument --steps: '0' must be a whole number from 1"),
+        (["--max-error", "0.1", "--steps", "0"], "argument --steps: must be a whole number from 1, not '0'"),
         (["--max-error", "0.1", "-o", "other.yaml"], "other.json is not a file of agentsd-tune; name another output"),
     ],
 )
@@ -245,7 +245,7 @@ def test_bad_input_gets_one_sentence_and_nothing_is_written(
     Path("other.json").write_text("[]")
     assert main([*arguments(tmp_path, tmp_path / "tuned.yaml"), *more]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("agentsd-tune: ")
+    assert error.startswith("agentsd-tune: error: ")
     assert message in error
     assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"other.json", "prompts.txt"}

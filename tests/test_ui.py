@@ -19,7 +19,7 @@ from PIL import Image
 from agentsd.cli.generate import main as generate
 from agentsd.cli.parameters import read_parameters
 from agentsd.cli.ui import build_parser, main
-from agentsd.ui.page import serve
+from agentsd.ui.page import _done, serve
 from agentsd.ui.studio import Cancelled, Limits, Progress, Result, Studio, Wish
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -97,6 +97,16 @@ def test_a_run_can_be_cancelled_and_the_next_one_works(studio: Studio) -> None:
         seen.extend(run)
     assert len(seen) < 400
     assert isinstance(list(studio.draw(wish(steps=1), threading.Event()))[-1], Result)
+
+
+def test_a_run_of_few_steps_is_warned_of(studio: Studio) -> None:
+    *_, result = studio.draw(wish(preset="turbo", steps=6), threading.Event())
+    assert isinstance(result, Result)
+    assert [text.split(",")[0] for text in result.warnings] == ["reuse_interval is 3: in a run of 6 steps"]
+    assert '<p class="warning">Warning: reuse_interval is 3: in a run of 6 steps, ' in _done(result)
+    *_, result = studio.draw(wish(), threading.Event())
+    assert isinstance(result, Result)
+    assert not result.warnings
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """The options of agentsd-generate."""
 
 import argparse
-import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+from agentsd.cli.command import Parser, formatter, number, whole
 
 PROGRAM = "agentsd-generate"
 ANY_MODEL = "--model takes any Stable Diffusion: a hub id, a folder in the diffusers layout or a .safetensors file."
@@ -70,11 +71,6 @@ class Settings:
             self.strength = self.strength or (1.0 if self.mask else 0.8)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {PROGRAM} --help)")
-
-
 class _Version(argparse.Action):
     def __call__(self, *_: Any) -> NoReturn:
         import diffusers
@@ -90,11 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     from agentsd import AgentSDConfig
     from agentsd.pipelines import SCHEDULERS
 
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=textwrap.fill(DESCRIPTION, 110),
         epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+        formatter_class=formatter,
         argument_default=argparse.SUPPRESS,
     )
 
@@ -136,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice.add_argument("--preset", metavar="NAME", help=f"{' or '.join(AgentSDConfig.presets())} (default: paper)")
     choice.add_argument("--config", type=Path, metavar="FILE", help="a configuration in a YAML file")
     group.add_argument(
-        "--ratio", type=_number, metavar="R", help="share of the tokens to merge (default: the configuration's)"
+        "--ratio", type=number, metavar="R", help="share of the tokens to merge (default: the configuration's)"
     )
     group.add_argument(
         "--set",
@@ -159,15 +155,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--steps", type=_positive, metavar="N", help="denoising steps (default: 25 with the demo model, else 50)"
+        "--steps", type=whole(1), metavar="N", help="denoising steps (default: 25 with the demo model, else 50)"
     )
-    group.add_argument("--guidance-scale", type=_number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
+    group.add_argument("--guidance-scale", type=number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
     group.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: the model's own)")
-    group.add_argument("--seed", type=_seed, metavar="N", help="image number i starts from seed + i (default: 0)")
-    group.add_argument("--height", type=_positive, metavar="PIXELS", help="(default: what the model was made for)")
-    group.add_argument("--width", type=_positive, metavar="PIXELS", help="(default: what the model was made for)")
-    group.add_argument("--num-images", type=_positive, metavar="N", help="images for each prompt (default: 1)")
-    group.add_argument("--batch-size", type=_positive, metavar="N", help="images made at once (default: 1)")
+    group.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), metavar="N", help="image number i starts from seed + i (default: 0)"
+    )
+    group.add_argument("--height", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
+    group.add_argument("--width", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
+    group.add_argument("--num-images", type=whole(1), metavar="N", help="images for each prompt (default: 1)")
+    group.add_argument("--batch-size", type=whole(1), metavar="N", help="images made at once (default: 1)")
 
     group = parser.add_argument_group("starting from an image")
     group.add_argument(
@@ -203,39 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _seed(text: str) -> int:
-    seed = _at_least(0, text)
-    if seed >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2**63, not {seed}")
-    return seed
-
-
-def _at_least(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
-    return value
-
-
 def _share(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value

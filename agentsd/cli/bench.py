@@ -10,7 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from agentsd.cli import command
+from agentsd.cli.command import Parser, formatter, whole
 
 PROGRAM = "agentsd-bench"
 MARKS = ("<!-- agentsd-bench -->", "<!-- /agentsd-bench -->")
@@ -25,23 +28,18 @@ EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {PROGRAM} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     from agentsd import AgentSDConfig
     from agentsd.benchmark import ARCHITECTURES, PEERS
 
     methods = ", ".join(("stock", "xformers", "floor", *AgentSDConfig.presets(), *PEERS))
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Measure UNet calls: every method in turn in each repetition, medians, and their mean over a "
         "50-step schedule.",
         epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+        formatter_class=formatter,
     )
     group = parser.add_argument_group("what to measure")
     group.add_argument(
@@ -63,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CELLS",
         help="height and width of the latents; Stable Diffusion has 8 pixels to a cell (default: 64, which is 512×512)",
     )
-    group.add_argument("--batch", type=_positive, default=2, help="pictures in a call; guidance makes two (default: 2)")
+    group.add_argument("--batch", type=whole(1), default=2, help="pictures in a call; guidance makes two (default: 2)")
     group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
     group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: the best there is)")
     group.add_argument("--compile", action="store_true", help="compile the UNet")
@@ -75,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--fused", action="store_true", help="torch's fused attention even where this package has a faster one"
     )
-    group.add_argument("--repeats", type=_positive, default=5, help="repetitions after one warm-up (default: 5)")
-    group.add_argument("--threads", type=_positive, default=None, help="threads on the CPU (default: torch's)")
+    group.add_argument("--repeats", type=whole(1), default=5, help="repetitions after one warm-up (default: 5)")
+    group.add_argument("--threads", type=whole(1), default=None, help="threads on the CPU (default: torch's)")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, metavar="FILE", help="write the measurements as JSON, and plots beside it"
@@ -92,39 +90,41 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    try:
-        args = build_parser().parse_args(argv)
-        if args.table:
-            tables = "\n\n".join(markdown(_read(path)) for path in args.table)
-            if args.into:
-                _write(args.into, between_marks(args.into, tables))
-                print(f"wrote {args.into}")
-            else:
-                print(tables)
-            return 0
-        if args.into:
-            raise ValueError("--into goes with --table")
-        if args.output and not args.output.resolve().parent.is_dir():
-            raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
-        result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
-        print(text(result) if "runs" in result else markdown(result))
-        if args.output:
-            result["command"] = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
-            _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-            print(f"wrote {args.output}")
-            if importlib.util.find_spec("matplotlib"):
-                from agentsd.cli.plots import draw
+    """Run the command; return 0, or 2 after one line about bad input, or 130 after an interrupt."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return command.run(
+        PROGRAM,
+        lambda: _run(words),
+        out_of_memory="out of memory; --batch 1, a smaller --latent or --dtype float16 needs less",
+    )
 
-                print(f"wrote {draw(result, args.output)}")
-            else:
-                print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+def _run(words: Sequence[str]) -> None:
+    args = build_parser().parse_args(words)
+    if args.table:
+        tables = "\n\n".join(markdown(_read(path)) for path in args.table)
+        if args.into:
+            _write(args.into, between_marks(args.into, tables))
+            print(f"wrote {args.into}")
+        else:
+            print(tables)
+        return
+    if args.into:
+        raise ValueError("--into goes with --table")
+    if args.output and not args.output.resolve().parent.is_dir():
+        raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
+    result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
+    print(text(result) if "runs" in result else markdown(result))
+    if args.output:
+        result["command"] = shlex.join([PROGRAM, *words])
+        _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"wrote {args.output}")
+        if importlib.util.find_spec("matplotlib"):
+            from agentsd.cli.plots import draw
+
+            print(f"wrote {draw(result, args.output)}")
+        else:
+            print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
 
 
 def _setting(args: argparse.Namespace, cells: int) -> Any:
@@ -355,12 +355,6 @@ def _write(path: Path, content: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
 
 
 def _size(text: str) -> int:

@@ -1,15 +1,16 @@
 """agentsd-eval: images of every method, their scores and one report."""
 
 import argparse
-import io
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from agentsd.cli import command
+from agentsd.cli.command import Parser, formatter, number, whole
 
 if TYPE_CHECKING:
     from agentsd.evaluation.generation import Run
@@ -30,27 +31,19 @@ A run that was interrupted goes on where it was when the same command is given a
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of every subcommand."""
     from agentsd.evaluation.protocols import NETWORKS, PAIRS, names
 
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110)
-
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Measure what an acceleration does to the images.",
         epilog=EXAMPLES,
         formatter_class=formatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    what = _Parser(add_help=False)
+    what = Parser(add_help=False)
     group = what.add_argument_group("what to make")
     group.add_argument(
         "--protocol", default="demo", metavar="NAME|FILE", help=f"{', '.join(names())}, or a .yaml file (default: demo)"
@@ -62,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="these methods instead of the protocol's: stock, a preset or a peer; a key 0/key is of the first phase "
         "alone; repeatable",
     )
-    group.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of each method")
-    group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps (default: the protocol's)")
+    group.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each method")
+    group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: the protocol's)")
     group.add_argument(
         "--captions", type=Path, metavar="FILE", help="for protocols that draw captions: .json of COCO, .tsv or .txt"
     )
@@ -72,24 +65,22 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--model-config", metavar="FOLDER", help="for a single file: where its configuration is")
     group.add_argument("--allow-pickle", action="store_true", help="load pickled weights too")
     group.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 (default: the protocol's)")
-    group.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="images made at once (default: the protocol's)"
-    )
+    group.add_argument("--batch-size", type=whole(1), metavar="N", help="images made at once (default: the protocol's)")
     group.add_argument(
         "--threads",
-        type=_positive,
+        type=whole(1),
         default=1,
         metavar="N",
         help="on a CPU, of each process; they are part of what the images depend on (default: 1)",
     )
 
-    where = _Parser(add_help=False)
+    where = Parser(add_help=False)
     group = where.add_argument_group("where")
     group.add_argument("--output", type=Path, metavar="FOLDER", help="of the run (default: runs/PROTOCOL)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: the best there is)")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    how = _Parser(add_help=False)
+    how = Parser(add_help=False)
     group = how.add_argument_group("scores")
     group.add_argument(
         "--reference",
@@ -115,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-singular", action="store_true", help="Fréchet distances of fewer images than features too"
     )
     group.add_argument(
-        "--bootstrap", type=_positive, metavar="N", help="resamples behind the intervals (default: the protocol's)"
+        "--bootstrap", type=whole(1), metavar="N", help="resamples behind the intervals (default: the protocol's)"
     )
     group.add_argument(
         "--cache",
@@ -124,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="features, by the hash of what they are of (default: ~/.cache/agentsd)",
     )
 
-    def add(name: str, help: str, *parents: _Parser) -> argparse.ArgumentParser:
+    def add(name: str, help: str, *parents: Parser) -> argparse.ArgumentParser:
         return commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + ".", parents=parents, formatter_class=formatter
         )
@@ -140,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folders instead of a run; the first is stock, whose images the others' are compared with in the order of "
         "their names; repeatable",
     )
-    score.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of each method")
+    score.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each method")
     error = add("error", "how far each method's attention is from the stock attention, by level and noise level", where)
     error.add_argument("--model", default="demo", metavar="MODEL", help="what agentsd-generate takes (default: demo)")
     error.add_argument(
@@ -151,11 +142,11 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: all of the table)",
     )
     error.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: scenes)")
-    error.add_argument("--prompts", type=_positive, default=6, metavar="N", help="scenes to draw (default: 6)")
-    error.add_argument("--steps", type=_positive, default=20, metavar="N", help="(default: 20)")
-    error.add_argument("--guidance-scale", type=float, default=4.0, metavar="G", help="(default: 4)")
+    error.add_argument("--prompts", type=whole(1), default=6, metavar="N", help="scenes to draw (default: 6)")
+    error.add_argument("--steps", type=whole(1), default=20, metavar="N", help="(default: 20)")
+    error.add_argument("--guidance-scale", type=number, default=4.0, metavar="G", help="(default: 4)")
     error.add_argument("--dtype", metavar="DTYPE", help="(default: float16 on cuda, else float32)")
-    error.add_argument("--threads", type=_positive, metavar="N", help="on a CPU (default: torch's)")
+    error.add_argument("--threads", type=whole(1), metavar="N", help="on a CPU (default: torch's)")
     report = add("report", "write the report of a results.json again, or print its table")
     report.add_argument(
         "results", nargs="?", type=Path, metavar="RESULTS", help="results.json, the folder of a run, or errors.json"
@@ -175,41 +166,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one line about bad input, or 130 after an interrupt."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            args = build_parser().parse_args(words)
-            args.words = words
-            commands = {"run": _run, "generate": _generate, "score": _score, "report": _report, "error": _error}
-            commands[args.command](args)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on where it was")
-        return 130
-    except (ValueError, OSError) as error:
-        _say(f"error: {_sentence(error)}")
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        from accelerate.utils.memory import should_reduce_batch_size
 
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-            raise
-        _say("error: out of memory with one image at a time; what is finished is kept; --dtype float16 needs less")
-        return 2
-    return 0
+    def work() -> None:
+        args = build_parser().parse_args(words)
+        args.words = words
+        commands = {"run": _run, "generate": _generate, "score": _score, "report": _report, "error": _error}
+        commands[args.command](args)
 
-
-def _say(line: str) -> None:
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
-
-
-def _sentence(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    return command.run(
+        PROGRAM,
+        work,
+        interrupted=lambda: "interrupted; the same command goes on where it was",
+        out_of_memory="out of memory with one image at a time; what is finished is kept; --dtype float16 needs less",
+    )
 
 
 def _state(device: str | None) -> Any:
@@ -219,15 +189,6 @@ def _state(device: str | None) -> Any:
     cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # One process may have hours to do when another has finished.
     return PartialState(cpu=cpu, **({"timeout": timedelta(weeks=4)} if "LOCAL_RANK" in os.environ else {}))
-
-
-def _quieten() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -291,7 +252,7 @@ def _methods(args: argparse.Namespace, protocol: "Protocol") -> tuple[tuple["Met
 
 
 def _make(args: argparse.Namespace, protocol: "Protocol", state: Any) -> tuple["Run", list[str]]:
-    _quieten()
+    command.quieten()
     from agentsd import pipelines
     from agentsd.evaluation import protocols
     from agentsd.evaluation.generation import Run, generate
@@ -300,7 +261,7 @@ def _make(args: argparse.Namespace, protocol: "Protocol", state: Any) -> tuple["
         raise ValueError(f"protocol {protocol.name} is for any Stable Diffusion: --model names it")
     methods, left_out = _methods(args, protocol)
     for line in left_out if state.is_main_process else []:
-        _say(f"warning: {line}")
+        command.say(PROGRAM, f"warning: {line}")
     prompts = tuple(protocols.prompts(protocol, args.captions))
     device = pipelines.find_device(args.device) if state.num_processes == 1 else state.device
     dtype = pipelines.find_dtype(protocol.dtype, device)
@@ -348,7 +309,7 @@ def _cache(args: argparse.Namespace) -> Path:
 
 
 def _scorer(args: argparse.Namespace, scores: Any, device: str) -> "Scorer":
-    _quieten()
+    command.quieten()
     from agentsd import pipelines
     from agentsd.evaluation.networks import Weights, needs
     from agentsd.evaluation.scoring import Scorer
@@ -532,7 +493,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _error(args: argparse.Namespace) -> None:
-    _quieten()
+    command.quieten()
     import torch
 
     from agentsd import pipelines
@@ -570,12 +531,6 @@ def _error(args: argparse.Namespace) -> None:
     write_bytes(output / "errors.md", (errors.tables(result) + "\n").encode())
     print(errors.tables(result))
     print(f"wrote {output / 'errors.json'}\nwrote {output / 'errors.md'}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """agentsd-generate: a prompt becomes a picture, stock or accelerated."""
 
 import contextlib
-import io
 import json
 import math
-import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentsd.cli import command
 from agentsd.cli.arguments import ANY_MODEL, PROGRAM, Settings, build_parser
 from agentsd.cli.comparison import comparison, difference, psnr
 from agentsd.cli.images import Output, read_picture
@@ -63,58 +61,24 @@ class Plan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one line about bad input, or 130 after an interrupt."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows a table in question marks
-            stream.reconfigure(errors="replace")
     finished: list[Path] = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _run(vars(build_parser().parse_args(argv)), finished)
-    except KeyboardInterrupt:
-        _say(f"interrupted; images finished: {len(finished)}")
-        return 130
-    except (ValueError, OSError) as error:
-        _say(f"error: {_sentence(error)}")
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        _say("error: out of memory; a smaller --width and --height, --batch-size 1 or --dtype float16 need less")
-        return 2
-    return 0
+    return command.run(
+        PROGRAM,
+        lambda: _run(vars(build_parser().parse_args(argv)), finished),
+        interrupted=lambda: f"interrupted; images finished: {len(finished)}",
+        out_of_memory="out of memory; a smaller --width and --height, --batch-size 1 or --dtype float16 need less",
+    )
 
 
 def _say(line: str) -> None:
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
-
-
-def _sentence(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def _quieten() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    command.say(PROGRAM, line)
 
 
 def _run(given: dict[str, Any], finished: list[Path]) -> None:
     recorded = _read(given["from_png"]) if "from_png" in given else Recorded()
     settings = Settings(**recorded.settings | given)
     settings.resolve()
-    _quieten()
+    command.quieten()
     from agentsd import describe, pipelines
 
     plan = _plan(settings, given, recorded)
@@ -233,7 +197,7 @@ def _changed(config: "AgentSDConfig", settings: Settings) -> "AgentSDConfig":
     if refine := settings.refine or values["refine"]:
         values["refine"] = _absolute(refine)
     changed = type(config).from_dict(values)
-    if settings.ratio is not None and not _uses_ratio(changed):
+    if settings.ratio is not None and not changed.uses_ratio:
         raise ValueError(f"--ratio {settings.ratio:g} plays no part: every phase has its own ratio or needs none")
     return changed
 
@@ -322,11 +286,7 @@ def _load(path: Path, settings: Settings, plan: Plan) -> "DiffusionPipeline":
     if settings.attention_backend:
         pipelines.set_attention_backend(pipe, settings.attention_backend)
     if plan.config is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            apply(pipe, plan.config)
-        for warning in caught:
-            _say(f"warning: {' '.join(str(warning.message).split())}")
+        apply(pipe, plan.config)
     if settings.compile:
         pipe.unet.compile_repeated_blocks(fullgraph=True)
     return pipe
@@ -466,12 +426,8 @@ def _dtype(plan: Plan) -> str:
 
 def _name(settings: Settings, plan: Plan) -> str:
     source = settings.config or settings.preset or settings.from_png or "paper"
-    ratio = [f"ratio {plan.config.ratio:g}"] if plan.config and _uses_ratio(plan.config) else []
+    ratio = [f"ratio {plan.config.ratio:g}"] if plan.config and plan.config.uses_ratio else []
     return ", ".join([f"AgentSD {getattr(source, 'name', source)}", *ratio, *settings.set])
-
-
-def _uses_ratio(config: "AgentSDConfig") -> bool:
-    return any(phase.merges and phase.ratio is None for phase in config.phases)
 
 
 # What a file says about how its image was made
@@ -587,4 +543,4 @@ def _plain(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

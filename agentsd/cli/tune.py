@@ -4,9 +4,13 @@ import argparse
 import importlib.util
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from agentsd.cli import command
+from agentsd.cli.command import Parser, formatter, number, whole
 
 if TYPE_CHECKING:
     from agentsd.tuning import Verified
@@ -23,20 +27,15 @@ The error is the root-mean-square error of the images against the stock images o
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {PROGRAM} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     from agentsd import AgentSDConfig
 
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Measure what each setting costs on a model and on this machine, and write the best configuration.",
         epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+        formatter_class=formatter,
     )
     group = parser.add_argument_group("target")
     target = group.add_mutually_exclusive_group(required=True)
@@ -49,13 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
     group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: the best there is)")
     group.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt on each line")
-    group.add_argument("--steps", type=_positive, default=50, metavar="N", help="denoising steps (default: 50)")
-    group.add_argument("--guidance-scale", type=float, metavar="G", help="(default: 4 with the demo model, else 7.5)")
-    group.add_argument("--height", type=_positive, metavar="PIXELS", help="(default: what the model was made for)")
-    group.add_argument("--width", type=_positive, metavar="PIXELS", help="(default: what the model was made for)")
+    group.add_argument("--steps", type=whole(1), default=50, metavar="N", help="denoising steps (default: 50)")
+    group.add_argument("--guidance-scale", type=number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
+    group.add_argument("--height", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
+    group.add_argument("--width", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
     group.add_argument(
         "--repeats",
-        type=_positive,
+        type=whole(1),
         default=2,
         metavar="N",
         help="UNet calls of each part of the schedule, and prompts, on which settings are measured (default: 2)",
@@ -76,17 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    try:
-        args = build_parser().parse_args(argv)
+    """Run the command; return 0, or 2 after one line about bad input, or 130 after an interrupt."""
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> None:
+        args = build_parser().parse_args(words)
         _check(args)
-        _tune(args, shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)]))
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        _tune(args, shlex.join([PROGRAM, *words]))
+
+    return command.run(
+        PROGRAM,
+        work,
+        interrupted=lambda: "interrupted; the same command goes on where it was",
+        out_of_memory="out of memory; what is measured is kept; --dtype float16 needs less",
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -117,12 +119,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _tune(args: argparse.Namespace, command: str) -> None:
+def _tune(args: argparse.Namespace, words: str) -> None:
     import agentsd
-    from agentsd import AgentSDConfig, pipelines
+    from agentsd import AgentSDConfig, AgentSDWarning, pipelines
     from agentsd.benchmark import environment
     from agentsd.tuning import Measurements, Tuner, Verified, write_config
 
+    # Its error is measured, and whole images decide.
+    warnings.filterwarnings("ignore", "reuse_interval", AgentSDWarning)
     prompts = _prompts(args)
     device = pipelines.find_device(args.device)
     dtype = pipelines.find_dtype(args.dtype, device)
@@ -158,7 +162,7 @@ def _tune(args: argparse.Namespace, command: str) -> None:
         "verified": [one.to_dict() for one in (*verified, *compared)],
         "chosen": best.name,
     }
-    measurements.write(command=command, result=result)
+    measurements.write(command=words, result=result)
     assert best.predicted is not None
     faster, error = best.predicted
     machine = f"{about['device']}, {about['threads']} threads, torch {about['torch']}, diffusers {about['diffusers']}"
@@ -166,7 +170,7 @@ def _tune(args: argparse.Namespace, command: str) -> None:
         best.config,
         args.output,
         [
-            f"Found by agentsd {agentsd.__version__}: {command}",
+            f"Found by agentsd {agentsd.__version__}: {words}",
             f"model {args.model}, {settings['dtype']}, {args.steps} steps, {len(prompts)} prompts, {machine}",
             f"predicted: {faster:.2f} times as fast as stock, error {error:.4f}",
             f"measured: {_figures(best)}",
@@ -194,12 +198,6 @@ def _print(best: "Verified", verified: "Sequence[Verified]", compared: "Sequence
         faster, error = one.predicted or (None, None)
         guess = f", predicted {faster:.2f} and {error:.4f}" if faster is not None else ""
         print(f"{'→' if one is best else ' '} {one.name}: {_figures(one)}{guess}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

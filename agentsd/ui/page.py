@@ -13,7 +13,7 @@ import torch
 from agentsd import AgentSDConfig, Report
 from agentsd.cli.arguments import Settings
 from agentsd.ui.doors import Doors
-from agentsd.ui.studio import KINDS, Cancelled, Progress, Result, Studio, Wish, uses_ratio
+from agentsd.ui.studio import KINDS, Cancelled, Progress, Result, Studio, Wish
 
 PROMPT = "a large red circle on the left, a small blue star on the right, on a striped green background"
 IN_GALLERY = 24
@@ -101,7 +101,7 @@ def build(studio: Studio) -> gr.Blocks:
         return "<p>Cancelled.</p>" if event else "<p>Nothing is running.</p>"
 
     def with_preset(preset: str) -> Any:
-        plays = uses_ratio(AgentSDConfig.from_preset(preset))
+        plays = AgentSDConfig.from_preset(preset).uses_ratio
         info = "Share of the tokens merged away." if plays else f"Plays no part in preset {preset}."
         return gr.update(interactive=plays, info=info)
 
@@ -253,7 +253,8 @@ def _progress(news: Progress) -> str:
 
 def _done(result: Result) -> str:
     words = f" The embedded model does not know: {', '.join(result.unknown)}." if result.unknown else ""
-    return f"<p>Done.{escape(words)}</p>"
+    warnings = "".join(f'<p class="warning">Warning: {escape(text)}.</p>' for text in result.warnings)
+    return f"<p>Done.{escape(words)}</p>{warnings}"
 
 
 def _error(text: str) -> str:

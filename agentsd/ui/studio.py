@@ -5,12 +5,13 @@ import math
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentsd import AgentSDConfig, __version__, apply, describe, disabled
+from agentsd import AgentSDConfig, AgentSDWarning, __version__, apply, describe, disabled
 from agentsd.cli.comparison import psnr
 from agentsd.cli.images import Output
 from agentsd.cli.parameters import format_parameters
@@ -68,6 +69,7 @@ class Result:
         psnr: of the accelerated image to the stock one, in dB.
         parameters: the text that the accelerated image's file carries.
         report: what is done in which layer.
+        warnings: of agentsd, a sentence each.
         unknown: words of the prompt that the embedded model does not know.
     """
 
@@ -76,6 +78,7 @@ class Result:
     psnr: float
     parameters: str
     report: "Report"
+    warnings: tuple[str, ...]
     unknown: tuple[str, ...]
 
 
@@ -145,7 +148,7 @@ class Studio:
             if side is not None:
                 _whole(name, side, 8, self.limits.side)
         config = AgentSDConfig.from_preset(wish.preset)
-        return config.replace(ratio=wish.ratio) if uses_ratio(config) else config
+        return config.replace(ratio=wish.ratio) if config.uses_ratio else config
 
     def draw(self, wish: Wish, cancelled: threading.Event) -> Iterator[Progress | Result]:
         """Draw the prompt stock and accelerated; step by step, and at the end the result.
@@ -192,7 +195,6 @@ class Studio:
                 raise ValueError(f"{name} is {side}; for this model it must be a multiple of {multiple}")
             if side > self.limits.side:
                 raise ValueError(f"{name} is {side}; it must be at most {self.limits.side}")
-        apply(pipe, config)
 
         def run(kind: str, steps: int) -> "tuple[Image, float]":
             import torch
@@ -223,10 +225,14 @@ class Studio:
             return [stock, run("accelerated", steps)]
 
         key = (wish.model, width, height, json.dumps(config.to_dict()))
-        if key not in self._warm:  # the first call of a size is slow, whatever it is
-            both(1)
-            self._warm.add(key)
-        (stock, before), (accelerated, after) = both(int(wish.steps))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", AgentSDWarning)
+            apply(pipe, config)
+            if key not in self._warm:  # the first call of a size is slow, whatever it is
+                both(1)
+                self._warm.add(key)
+            (stock, before), (accelerated, after) = both(int(wish.steps))
         texts = [self._text(wish, pipe, (width, height), setting) for setting in (None, config)]
         paths = self.output.save([(stock, texts[0]), (accelerated, texts[1])])
         return Result(
@@ -235,6 +241,7 @@ class Studio:
             psnr(accelerated, stock),
             texts[1],
             describe(pipe),
+            tuple(str(warning.message) for warning in caught),
             tuple(unknown_words(wish.prompt)) if wish.model == "demo" else (),
         )
 
@@ -272,11 +279,6 @@ class Studio:
             "Version": f"AgentSD {__version__}",
         }
         return format_parameters(wish.prompt, wish.negative_prompt, fields)
-
-
-def uses_ratio(config: AgentSDConfig) -> bool:
-    """Whether the configuration's `ratio` plays a part."""
-    return any(phase.merges and phase.ratio is None for phase in config.phases)
 
 
 def _whole(name: str, value: float, low: int, high: int) -> None:
