@@ -201,15 +201,26 @@ def check(methods: Sequence[str]) -> None:
             if _version(name) is None or not torch.cuda.is_available():
                 raise ValueError(f"method {name!r} needs the package xformers and a CUDA device")
         elif name not in ("stock", "floor"):
-            _config(name, options)
+            configuration(name, options)
 
 
-def _config(preset: str, options: dict[str, Any]) -> AgentSDConfig:
-    """A preset with fields replaced: of the configuration, or as `field` of every phase."""
+def configuration(preset: str, options: dict[str, Any]) -> AgentSDConfig:
+    """A preset with fields replaced: of the configuration, of every phase, or with `0/field` of the first phase.
+
+    A field of a phase is replaced at all of its levels.
+    """
     values = AgentSDConfig.from_preset(preset).to_dict()
     for key, value in options.items():
-        for scope in [values] if key in values else values["phases"]:
-            scope[key] = value
+        number, slash, name = key.rpartition("/")
+        if not slash and key in values:
+            values[key] = value
+            continue
+        if slash and not (number.isdigit() and int(number) < len(values["phases"])):
+            raise ValueError(f"{key} must name one of the phases 0 to {len(values['phases']) - 1}")
+        for phase in [values["phases"][int(number)]] if slash else values["phases"]:
+            for fields in phase["levels"].values() if isinstance(phase["levels"], dict) else ():
+                fields.pop(name, None)
+            phase[name] = value
     return AgentSDConfig.from_dict(values)
 
 
@@ -244,7 +255,7 @@ def kinds(method: str, unet: Any, setting: Setting) -> list[Kind]:
     if name == "tgate":
         half = caller(unet, setting, max(1, setting.batch // 2))
         return _tgate(unet, options, at, half)
-    config = _config(name, options)
+    config = configuration(name, options)
     apply(unet, config)
     steps = [config.phases.index(phase_at(config.phases, progress(t, 1000))) for t in TIMESTEPS]
     if config.reuses:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agentsd import AgentSDConfig, attention, benchmark
-from agentsd.benchmark import STEPS, Setting, Timing, exponent, kinds, measure, over_schedule, parse
+from agentsd.benchmark import STEPS, Setting, Timing, configuration, exponent, kinds, measure, over_schedule, parse
 from agentsd.cli.bench import MARKS, main
 
 TINY = {
@@ -128,6 +128,8 @@ def test_the_memory_of_a_layer_is_what_it_takes() -> None:
 
 def test_options_are_read() -> None:
     assert parse("paper") == ("paper", {})
+    levels = configuration("fast", {"stride": 2}).phases[0]
+    assert {part.stride for part in levels.parts} == {2}
     assert parse("floor:levels=[1+2],x=0.5") == ("floor", {"levels": [1, 2], "x": 0.5})
 
 

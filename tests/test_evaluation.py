@@ -30,6 +30,7 @@ from agentsd.evaluation.generation import Timing, timings
 from agentsd.evaluation.methods import method, prepared
 from agentsd.evaluation.networks import Weights, load_clip, load_network
 from agentsd.evaluation.scoring import speeds
+from agentsd.refine import Refinement, save_refinements
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
@@ -212,6 +213,21 @@ def test_scenes_of_the_reference_are_not_those_of_the_prompts() -> None:
 
 
 # Methods
+
+
+def test_a_refinement_is_known_by_its_contents(tmp_path: Path) -> None:
+    file = tmp_path / "refine.safetensors"
+    text = f"paper:refine={file}"
+    with pytest.raises(FileNotFoundError):
+        method(text)
+    hashes = set()
+    for scale in (0.0, 1.0, 1.0):
+        layer = Refinement(2, 16)
+        torch.nn.init.constant_(layer.dwc, scale)
+        save_refinements({"down_blocks.0.attentions.0.transformer_blocks.0.attn1": layer}, file)
+        hashes.add(method(text).sha256)
+        assert agentsd.AgentSDConfig.from_dict(method(text).options).refine == str(file)
+    assert len(hashes) == 2
 
 
 def test_methods_are_what_they_say(tiny_pipeline: Any) -> None:

@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--method",
         action="append",
         metavar="NAME[:KEY=VALUE,…]",
-        help=f"one of {methods}; repeatable (default: stock, floor and every preset)",
+        help=f"one of {methods}; a key 0/key is of the first phase alone; repeatable (default: stock, floor and every "
+        "preset)",
     )
     group.add_argument(
         "--model",

@@ -191,7 +191,7 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     """
     own = copied(pipe)
     layers = find_layers(own.unet)
-    options = {} if wanted is None else {key: value for key, value in wanted.settings.items() if key != "version"}
+    options = {} if wanted is None else wanted.options
     if wanted is None:
         pass
     elif wanted.name in _PROCESSORS:

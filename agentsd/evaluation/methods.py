@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from agentsd.benchmark import PEERS, parse
+from agentsd.benchmark import PEERS, configuration, parse
 from agentsd.config import AgentSDConfig
 from agentsd.patch import apply
+from agentsd.pipelines import sha256
 
 # The peers' options and what they are unless told otherwise.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -39,7 +41,8 @@ class Method:
 
     Attributes:
         text: `name:key=value,key=value`; a key `0/key` is of the first phase alone.
-        settings: the whole configuration, so that the name is not needed to repeat it.
+        settings: the whole configuration, so that the name is not needed to repeat it, with the version of a peer and
+            the SHA-256 of a refinement.
     """
 
     text: str
@@ -49,6 +52,11 @@ class Method:
     def name(self) -> str:
         """`stock`, a preset or a peer."""
         return self.text.partition(":")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The configuration alone."""
+        return {key: value for key, value in self.settings.items() if key not in ("version", "refine_sha256")}
 
     @property
     def folder(self) -> str:
@@ -66,6 +74,7 @@ def method(text: str) -> Method:
 
     Raises:
         ValueError: it does not exist, or an option is not one of its fields.
+        OSError: the file of a refinement cannot be read.
     """
     name, options = parse(text)
     known = ("stock", *AgentSDConfig.presets(), *PEERS)
@@ -81,34 +90,16 @@ def method(text: str) -> Method:
                 raise ValueError(f"method {text!r}: {name} has no option {key!r}; it has {', '.join(OPTIONS[name])}")
         return Method(text, {"version": version(PEERS[name]), **OPTIONS[name], **options})
     try:
-        return Method(text, configuration(name, options).to_dict())
+        config = configuration(name, options)
     except ValueError as error:
         raise ValueError(f"method {text!r}: {error}") from None
+    refined = {"refine_sha256": sha256(Path(config.refine))} if config.refine else {}
+    return Method(text, config.to_dict() | refined)
 
 
 def missing(wanted: Sequence[Method]) -> dict[str, str]:
     """The package that each method needs and that is not installed."""
     return {m.text: PEERS[m.name] for m in wanted if m.name in PEERS and version(PEERS[m.name]) is None}
-
-
-def configuration(preset: str, options: dict[str, Any]) -> AgentSDConfig:
-    """A preset with fields replaced: of the configuration, of every phase, or with `0/field` of the first phase.
-
-    A field of a phase is replaced at all of its levels.
-    """
-    values = AgentSDConfig.from_preset(preset).to_dict()
-    for key, value in options.items():
-        number, slash, name = key.rpartition("/")
-        if not slash and key in values:
-            values[key] = value
-            continue
-        if slash and not (number.isdigit() and int(number) < len(values["phases"])):
-            raise ValueError(f"{key} must name one of the phases 0 to {len(values['phases']) - 1}")
-        for phase in [values["phases"][int(number)]] if slash else values["phases"]:
-            for fields in phase["levels"].values() if isinstance(phase["levels"], dict) else ():
-                fields.pop(name, None)
-            phase[name] = value
-    return AgentSDConfig.from_dict(values)
 
 
 def copied(pipe: Any) -> Any:
@@ -129,7 +120,7 @@ def prepared(pipe: Any, wanted: Method) -> Callable[..., Any]:
     one has left behind. What it draws depends on its arguments alone.
     """
     own = copied(pipe)
-    options = {key: value for key, value in wanted.settings.items() if key != "version"}
+    options = wanted.options
     if wanted.name == "stock":
         return own
     if wanted.name == "tomesd":
