@@ -35,7 +35,7 @@ PATCH = 2
 TEST = 360
 BATCH = 32
 RATE = 3e-3
-VARIANTS: dict[str, dict[str, bool] | None] = {
+VARIANTS: dict[str, dict[str, Any] | None] = {
     "softmax": None,
     "agent": {"agent_bias": False, "dwc": False},
     "agent + bias": {"agent_bias": True, "dwc": False},
