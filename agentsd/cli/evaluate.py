@@ -365,7 +365,7 @@ def _score_run(
     from agentsd.evaluation import protocols
     from agentsd.evaluation.files import read_json
     from agentsd.evaluation.generation import timings
-    from agentsd.evaluation.methods import Method, method
+    from agentsd.evaluation.methods import Method
     from agentsd.evaluation.scoring import score, speeds
 
     run = read_json(folder / "run.json")
@@ -373,7 +373,7 @@ def _score_run(
     protocol = dataclasses.replace(protocol, scores=scorer.scores)
     sets = {}
     for text in methods:
-        paths = [folder / "images" / method(text).folder / f"{index:05d}.png" for index in range(limit)]
+        paths = [folder / "images" / Method(text, {}).folder / f"{index:05d}.png" for index in range(limit)]
         if absent := [path for path in paths if not path.is_file()]:
             raise ValueError(f"{absent[0]} is not there yet; generate makes it, --limit takes fewer images")
         sets[text] = paths
