@@ -274,7 +274,9 @@ def _reusing(unet: Any, config: AgentSDConfig, steps: list[int], at: Callable[..
     assert patch.reuse is not None
     reuse, names = patch.reuse, list[str]()
     # Phases that differ in nothing but how often a call is whole have the same kinds of calls.
-    bare = [replace(phase, until=1.0, reuse_interval=2, reuse_spacing="uniform") for phase in config.phases]
+    bare = [
+        replace(phase, until=1.0, reuse_interval=2, reuse_spacing="uniform", reuse_span=None) for phase in config.phases
+    ]
     same = [f"{phase.attention} until {phase.until:g}, " if len(set(bare)) > 1 else "" for phase in config.phases]
     before: dict[str, list[Lane]] = {}
 

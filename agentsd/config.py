@@ -13,7 +13,16 @@ MIN_TOKENS = 1024
 ATTENTIONS = ("agent", "merge", "kv", "stock")
 AGENTS = ("merge", "pool")
 SPACINGS = ("uniform", "quadratic")
-_NOT_OF_A_LEVEL = ("until", "levels", "reuse_interval", "reuse_depth", "reuse_layers", "reuse_spacing", "extrapolate")
+_NOT_OF_A_LEVEL = (
+    "until",
+    "levels",
+    "reuse_interval",
+    "reuse_depth",
+    "reuse_layers",
+    "reuse_spacing",
+    "reuse_span",
+    "extrapolate",
+)
 
 
 class AgentSDWarning(UserWarning):
@@ -74,6 +83,8 @@ class Phase:
         reuse_layers: a finer cut than `reuse_depth`: the number of layers, from the outermost, on the up side that are
             computed in between, and as many skip connections: DeepCache's branch b is b + 1. None: see `reuse_depth`.
         reuse_spacing: whole calls are `uniform`, or densest in the middle of the phase (`quadratic`).
+        reuse_span: largest share of the noise schedule that may lie between a call and the last whole one; one that is
+            farther from it is whole itself, so that runs of few steps reuse less. None sets no limit.
         extrapolate: share of the first-order extrapolation, from the last two whole calls, in the features that are
             reused; 0 holds those of the last.
         levels: resolutions covered: 1 is the latent grid, 2 half of it …; 0 is the finest at which the model has
@@ -105,6 +116,7 @@ class Phase:
     reuse_depth: int = 1
     reuse_layers: int | None = None
     reuse_spacing: Literal["uniform", "quadratic"] = "uniform"
+    reuse_span: float | None = None
     extrapolate: float = 0.0
     levels: tuple[int, ...] | Mapping[int, Mapping[str, Any]] | None = field(default=None, hash=False)
 
@@ -132,6 +144,8 @@ class Phase:
         for name in ("match_interval", "reuse_interval", "reuse_depth"):
             _whole(name, getattr(self, name), "a whole number from 1")
         _choice("reuse_spacing", self.reuse_spacing, SPACINGS)
+        if self.reuse_span is not None:
+            _number("reuse_span", self.reuse_span, 0, 1)
         _number("extrapolate", self.extrapolate, 0, 2)
         if self.ratio is not None:
             self.check_ratio(self.ratio)

@@ -21,8 +21,8 @@ from agentsd.schedule import Clock, phase_at, progress
 
 EVERYTHING = 1 << 30
 _LANES = 64
-# Share of the noise schedule from one whole call to the next above which images change visibly: preset turbo's lie
-# 31 dB from stock at 0.15, 27 at 0.19 and 23 at 0.25 (scripts/check_closeness.py --method turbo --steps 20, 16, 12).
+# Share of the noise schedule from one whole call to the next above which images change visibly: preset turbo's without
+# a span lie 30 dB from stock at 0.15, 28 at 0.19 and 23 at 0.25 (docs/reuse.md, "Few steps").
 _FAR = 1 / 6
 
 
@@ -62,6 +62,7 @@ class Lane:
         whole: those of them that are to be whole; None where the schedule is not known beforehand.
         features: of the last two whole calls, and their places among the calls.
         calls: number of calls so far.
+        at: progress of the last whole call.
         crossed: whether the cross-attentions hold outputs from after the gate.
         matches: per block, the call in which it matched its tokens, and the result.
         cross: what the cross-attentions hold.
@@ -76,6 +77,7 @@ class Lane:
     whole: frozenset[int] | None = None
     features: list[tuple[int, Tensor]] = field(default_factory=list)
     calls: int = -1
+    at: float = 0
     crossed: bool = False
     matches: dict[str, tuple[int, Match]] = field(default_factory=dict)
     cross: dict[str, Tensor] = field(default_factory=dict)
@@ -250,10 +252,14 @@ class Reuse:
             enough = len(lane.features) >= (2 if phase.extrapolate else 1)
             since = lane.calls - lane.features[-1][0] if lane.features else 0
             due = lane.step in lane.whole if lane.whole is not None else since >= phase.reuse_interval
-            whole = due or not enough
+            now = progress(timestep, steps)
+            far = phase.reuse_span is not None and now - lane.at > phase.reuse_span + 1e-9
+            whole = due or far or not enough
             if not whole:
                 self.layers, self.keep = self.keep, 0
                 self.held = self.guess(lane, phase.extrapolate)
+            else:
+                lane.at = now
         for name, (call, match) in lane.matches.items():
             block = self.blocks[name]
             if lane.calls - call < self.parts[phase][block.level].match_interval:
@@ -296,7 +302,7 @@ class Reuse:
 
     def warn_of_few_steps(self, phase: Phase, schedule: list[float], steps: int) -> None:
         """Warn, once, where a run has so few steps that whole calls lie far apart."""
-        if self.warned or phase not in self.cuts or len(schedule) < 2:
+        if self.warned or phase not in self.cuts or phase.reuse_span is not None or len(schedule) < 2:
             return
         apart = abs(schedule[0] - schedule[-1]) / (len(schedule) - 1) / steps * phase.reuse_interval
         if apart > _FAR:
@@ -304,7 +310,7 @@ class Reuse:
             warnings.warn(
                 f"reuse_interval is {phase.reuse_interval}: in a run of {len(schedule)} steps, {apart:.0%} of the noise"
                 f" schedule lie between two whole calls, and images change visibly beyond {_FAR:.0%}; take more steps, "
-                "or a preset without step reuse",
+                "or set reuse_span",
                 AgentSDWarning,
                 stacklevel=2,
             )

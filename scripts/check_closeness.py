@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def drawer(pipe: Any, text: str) -> Callable[..., Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, one image each (default: 12)")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps; several: each in turn")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
     parser.add_argument("--dtype", default="float32")
@@ -55,10 +56,10 @@ def main() -> None:
     drawers = {"stock": pipe} | {text: drawer(pipe, text) for text in args.method}
     prompts = held_out_prompts(args.prompts)
 
-    def draw(text: str, index: int) -> Image:
+    def draw(text: str, index: int, steps: int) -> Image:
         seed = torch.Generator().manual_seed(index)
         call: dict[str, Any] = {
-            "num_inference_steps": args.steps,
+            "num_inference_steps": steps,
             "guidance_scale": args.guidance_scale,
             "generator": seed,
         }
@@ -68,21 +69,29 @@ def main() -> None:
         now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         began = now()
         image: Image = drawers[text](prompts[index], **call).images[0]
-        seconds[text].append(now() - began)
+        seconds[text, steps].append(now() - began)
         return image
 
-    seconds: dict[str, list[float]] = {text: [] for text in drawers}
-    decibels: dict[str, list[float]] = {text: [] for text in args.method}
-    for index in tqdm(range(len(prompts)), unit="prompt"):
-        stock = draw("stock", index)
-        for text, values in decibels.items():
-            values.append(psnr(draw(text, index), stock))
-    faster = {t: statistics.median(seconds["stock"]) / statistics.median(seconds[t]) for t in args.method}
+    def name(text: str, steps: int) -> str:
+        return f"{text}, {steps} steps" if len(args.steps) > 1 else text
+
+    seconds: dict[tuple[str, int], list[float]] = {pair: [] for pair in product(drawers, args.steps)}
+    decibels: dict[str, list[float]] = {name(text, steps): [] for text in args.method for steps in args.steps}
+    for index, steps in tqdm(list(product(range(len(prompts)), args.steps)), unit="prompt"):
+        stock = draw("stock", index, steps)
+        for text in args.method:
+            decibels[name(text, steps)].append(psnr(draw(text, index, steps), stock))
+    median = {pair: statistics.median(values) for pair, values in seconds.items()}
+    faster = {name(t, n): median["stock", n] / median[t, n] for t in args.method for n in args.steps}
     print("| method | faster than stock | PSNR to the stock image, mean / worst, dB |\n|---|---|---|")
     for text, values in decibels.items():
         print(f"| {text} | {faster[text]:.2f}× | {statistics.mean(values):.1f} / {min(values):.1f} |")
     if args.output:
-        settings = {"prompts": args.prompts, "steps": args.steps, "guidance_scale": args.guidance_scale}
+        settings = {
+            "prompts": args.prompts,
+            "steps": args.steps if len(args.steps) > 1 else args.steps[0],
+            "guidance_scale": args.guidance_scale,
+        }
         if args.size:
             settings["size"] = args.size
         command = shlex.join(["python", "scripts/check_closeness.py", *sys.argv[1:]])

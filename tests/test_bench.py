@@ -162,7 +162,7 @@ def test_fused_turns_the_attention_by_blocks_off(monkeypatch: pytest.MonkeyPatch
             "cpu-sd15.json cpu-closeness.json cpu-reuse.json cpu-reuse-closeness.json cpu-hires.json "
             "cpu-hires-closeness.json",
         ),
-        ("docs/reuse.md", "cpu-reuse.json cpu-reuse-closeness.json"),
+        ("docs/reuse.md", "cpu-reuse.json cpu-reuse-closeness.json cpu-reuse-few-steps.json"),
         ("docs/benchmarks.md", "cpu-*.json"),
     ],
 )

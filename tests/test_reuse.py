@@ -317,6 +317,45 @@ def test_quadratic_spacing_is_densest_in_the_middle_of_the_phase(unet: Any) -> N
     assert computed == [0, 6, 9, 10, 13]
 
 
+def whole_steps(unet: Any, **run: Any) -> list[float]:
+    """Timesteps of the whole calls of a run."""
+    times: list[float] = []
+    computed: list[float] = []
+    hooks = [
+        unet.register_forward_pre_hook(lambda _, args: times.append(float(args[1]))),
+        unet.mid_block.resnets[0].register_forward_hook(lambda *_: computed.append(times[-1])),
+    ]
+    denoised(unet, **run)
+    for hook in hooks:
+        hook.remove()
+    return computed
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(50, 3), (25, 3), (24, 2), (20, 2), (13, 2), (12, 1), (6, 1)])
+def test_runs_of_few_steps_reuse_less(unet: Any, steps: int, interval: int) -> None:
+    fields = {"attention": "kv", "stride": 2, "reuse_layers": 1, "extrapolate": 0.7}
+    expected = denoised(agentsd.apply(unet, only(**fields, reuse_interval=interval)), steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = denoised(agentsd.apply(unet, only(**fields, reuse_interval=3, reuse_span=0.08)), steps)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("span", [0.03, 0.08, 0.2, 1.0])
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
+def test_no_call_reuses_what_is_farther_away_than_the_span(unet: Any, span: float, spacing: str) -> None:
+    """On a schedule whose steps differ in length."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    agentsd.apply(unet, only(reuse_interval=4, reuse_spacing=spacing))
+    limit = whole_steps(unet, steps=25, scheduler=scheduler)
+    agentsd.apply(unet, only(reuse_interval=4, reuse_spacing=spacing, reuse_span=span))
+    whole = whole_steps(unet, steps=25, scheduler=scheduler)
+    for t in scheduler.timesteps.tolist():
+        assert min(last for last in whole if last >= t) - t <= 1000 * span + 1e-6
+    assert (whole == limit) == (span == 1)
+    assert spacing == "uniform" or set(limit) <= set(whole)
+
+
 def test_cross_attention_is_held_from_the_gate_on(unet: Any) -> None:
     """Against outputs that are put in by hand."""
     agentsd.apply(unet, only(), cross_reuse_from=0.5)
@@ -486,6 +525,8 @@ def test_what_cannot_be_reused_is_refused_and_changes_nothing(unet: Any) -> None
         ({"reuse_depth": True}, "reuse_depth is True; it must be a whole number from 1"),
         ({"reuse_layers": 0.5}, "reuse_layers is 0.5; it must be null or a whole number from 1"),
         ({"match_interval": -1}, "match_interval is -1; it must be a whole number from 1"),
+        ({"reuse_span": -0.1}, "reuse_span is -0.1; it must be a number from 0 to 1"),
+        ({"reuse_span": True}, "reuse_span is True; it must be a number from 0 to 1"),
         ({"extrapolate": 3}, "extrapolate is 3; it must be a number from 0 to 2"),
         ({"reuse_spacing": "cubic"}, "reuse_spacing is 'cubic'; it must be one of uniform, quadratic"),
         ({"levels": {0: {"reuse_interval": 2}}}, "level 0 is .*; it must be a mapping without until, levels, reuse"),

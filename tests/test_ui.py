@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from agentsd import AgentSDConfig, Phase
 from agentsd.cli.generate import main as generate
 from agentsd.cli.parameters import read_parameters
 from agentsd.cli.ui import build_parser, main
@@ -99,8 +100,11 @@ def test_a_run_can_be_cancelled_and_the_next_one_works(studio: Studio) -> None:
     assert isinstance(list(studio.draw(wish(steps=1), threading.Event()))[-1], Result)
 
 
-def test_a_run_of_few_steps_is_warned_of(studio: Studio) -> None:
-    *_, result = studio.draw(wish(preset="turbo", steps=6), threading.Event())
+def test_a_run_of_few_steps_is_warned_of(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = Phase(attention="stock", reuse_interval=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(AgentSDConfig, "from_preset", lambda name: AgentSDConfig(phases=(phase,)))
+        *_, result = studio.draw(wish(steps=6), threading.Event())
     assert isinstance(result, Result)
     assert [text.split(",")[0] for text in result.warnings] == ["reuse_interval is 3: in a run of 6 steps"]
     assert '<p class="warning">Warning: reuse_interval is 3: in a run of 6 steps, ' in _done(result)

@@ -297,11 +297,13 @@ def markdown(result: dict[str, Any]) -> str:
                 table.append([name, *cells, f"{result['memory_exponents'][name]:.2f}"])
             tables.append(("the same, memory of a call: its output and all in between", table))
     elif "psnr" in result:
-        table = [["method", "PSNR to the stock image, mean / worst, dB"]]
+        several = isinstance(result["steps"], list)
+        table = [["method", *(["× stock"] if several else []), "PSNR to the stock image, mean / worst, dB"]]
         for name, decibels in result["psnr"].items():
-            table.append([name, f"{statistics.mean(decibels):.1f} / {min(decibels):.1f}"])
+            faster = [f"{result['speedup'][name]:.2f}×"] if several else []
+            table.append([name, *faster, f"{statistics.mean(decibels):.1f} / {min(decibels):.1f}"])
         size = f", {result['size']} pixels a side" if "size" in result else ""
-        steps = f"{result['steps']} steps{size}"
+        steps = f"{', '.join(map(str, result['steps'])) if several else result['steps']} steps{size}"
         what = f"the embedded model, {result['prompts']} held-out prompts, {steps}, {result['dtype']}"
         tables.append((f"{what}, {_machine(environment)}", table))
     elif "parts" in result:
