@@ -154,7 +154,8 @@ def _reuse(reuse: Reuse | None) -> Iterator[str]:
     for phase in reuse.config.phases:
         if phase in reuse.cuts:
             layers = reuse.cuts[phase]
-            far = "" if phase.reuse_span is None else f", and any over {phase.reuse_span:g} after the last whole one"
+            span = phase.reuse_span
+            far = "" if span is None else f", and any over {span:g} of the schedule after the last whole one"
             yield (
                 f"{start:g}–{phase.until:g}: one UNet call in {phase.reuse_interval} is whole{far}; the others compute "
                 f"the outermost {layers if layers > 1 else ''} {'layers' if layers > 1 else 'layer'} of each side"

@@ -257,7 +257,11 @@ def test_what_is_held_is_let_go_after_the_last_step_and_described(unet: Any) -> 
     assert held > 0
     assert sum(lane.bytes for lane in patch.reuse.lanes) == 0
     assert patch.reuse.bytes >= 2 * 2 * 16 * 16 * 16 * 8
-    assert f"{patch.reuse.bytes / 2**20:.2g} MiB" in str(agentsd.describe(unet))
+    described = str(agentsd.describe(unet))
+    assert f"{patch.reuse.bytes / 2**20:.2g} MiB" in described
+    assert (
+        "0.3–0.7: one UNet call in 2 is whole, and any over 0.045 of the schedule after the last whole one" in described
+    )
 
 
 def test_the_outermost_layer_alone_is_computed_in_between(unet: Any) -> None:

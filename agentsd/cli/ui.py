@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 when it is interrupted, or 2 after one line about bad input."""
+    """Run the command; return 0 when it has served, 130 if interrupted before, or 2 after one line about bad input."""
     return command.run(PROGRAM, lambda: _serve(build_parser().parse_args(argv)))
 
 
