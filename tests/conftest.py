@@ -10,17 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from agentsd import planning
 from compatibility import compatibility, pytest_addoption, pytest_sessionfinish  # noqa: F401
 
 TinyUNet = Callable[..., Any]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tiny_grids_pay() -> Iterator[None]:
-    """The models of the tests have so few tokens that the acceleration would leave them alone."""
+def tiny_grids_are_accelerated() -> Iterator[int]:
+    """Accelerate the tests' models, whose grids are below the default of min_tokens; return that default."""
+    shipped = planning.MIN_TOKENS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("agentsd.config.MIN_TOKENS", 1)
-        yield
+        patch.setattr(planning, "MIN_TOKENS", 1)
+        yield shipped
+
+
+@pytest.fixture
+def shipped_min_tokens(tiny_grids_are_accelerated: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the default of min_tokens that users have, which is in force during the test."""
+    monkeypatch.setattr(planning, "MIN_TOKENS", tiny_grids_are_accelerated)
+    return tiny_grids_are_accelerated
 
 
 def build_unet(seed: int = 0, **overrides: Any) -> Any:

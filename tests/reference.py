@@ -1,19 +1,20 @@
-"""The method written out token by token in float64, independent of the package: plain loops and an explicit softmax.
+"""The method written out token by token in float64: plain loops and an explicit softmax, nothing of the package's own.
 
 Every function below treats one picture and one head at a time. Tokens are rows; a group is the list of the tokens that
-stand together; destinations are given as a list of token indices.
+stand together; destinations are given as a list of token indices. `technique` is an `Agent`, `Merge` or `KV`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from agentsd import KV, Agent, Merge
 
 Grid = tuple[int, int]  # (height, width)
 
@@ -24,33 +25,25 @@ def similarity(u: Sequence[float], v: Sequence[float]) -> float:
     return dot / math.sqrt(sum(a * a for a in u)) / math.sqrt(sum(b * b for b in v))
 
 
-def match(x: Tensor, dst: Sequence[int], steps: int = 0) -> list[tuple[float, int, int]]:
-    """(similarity, source, most similar destination) for every source in token order; ties go to the earlier one.
-
-    After every step of k-means a destination is compared to as the mean of the tokens that it stands for.
-    """
+def match(x: Tensor, dst: Sequence[int]) -> list[tuple[float, int, int]]:
+    """(similarity, source, most similar destination) for every source in token order; ties go to the earlier one."""
     tokens = x.double().tolist()
-    anchors = {destination: tokens[destination] for destination in dst}
-    for _ in range(steps + 1):
-        matches = []
-        for source in range(len(tokens)):
-            if source in dst:
-                continue
-            best, target = -math.inf, -1
-            for destination in dst:
-                s = similarity(tokens[source], anchors[destination])
-                if s > best:
-                    best, target = s, destination
-            matches.append((best, source, target))
+    matches = []
+    for source in range(len(tokens)):
+        if source in dst:
+            continue
+        best, target = -math.inf, -1
         for destination in dst:
-            members = [destination, *(source for _, source, target in matches if target == destination)]
-            anchors[destination] = x.double()[members].mean(0).tolist()
+            s = similarity(tokens[source], tokens[destination])
+            if s > best:
+                best, target = s, destination
+        matches.append((best, source, target))
     return matches
 
 
-def fold(x: Tensor, dst: Sequence[int], count: int, steps: int = 0) -> list[list[int]]:
-    """The groups after folding the `count` most similar sources (ties in token order) into their destinations."""
-    best_first = sorted(match(x, dst, steps), key=lambda m: -m[0])
+def groups_of(x: Tensor, dst: Sequence[int], count: int) -> list[list[int]]:
+    """The groups after merging the `count` most similar sources (ties in token order) into their destinations."""
+    best_first = sorted(match(x, dst), key=lambda m: -m[0])
     target = {source: destination for _, source, destination in best_first[:count]}
     groups = {token: [token] for token in range(len(x)) if token not in target}
     for source, destination in target.items():
@@ -58,7 +51,7 @@ def fold(x: Tensor, dst: Sequence[int], count: int, steps: int = 0) -> list[list
     return list(groups.values())
 
 
-Fold = Callable[[Tensor, Sequence[int], int], list[list[int]]]
+Grouping = Callable[[Tensor, Sequence[int], int], list[list[int]]]
 
 
 def merge(y: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
@@ -81,21 +74,6 @@ def unmerge(o: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([rows[token] for token in range(len(rows))])
 
 
-def pool(y: Tensor, grid: Grid, cells: Grid) -> Tensor:
-    """Adaptive average pooling of the tokens on their grid."""
-    (h, w), (rows, columns) = grid, cells
-    pooled = []
-    for i in range(rows):
-        for j in range(columns):
-            window = [
-                r * w + c
-                for r in range(i * h // rows, math.ceil((i + 1) * h / rows))
-                for c in range(j * w // columns, math.ceil((j + 1) * w / columns))
-            ]
-            pooled.append(merge(y, [window])[0])
-    return torch.stack(pooled)
-
-
 def softmax(logits: Tensor) -> Tensor:
     weights = torch.exp(logits - logits.max())
     return weights / weights.sum()
@@ -112,11 +90,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sizes: Sequence[int
     return torch.stack(rows)
 
 
-def agent_attention(
-    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, scale2: float, shortcut: float, sizes: Sequence[int] | None = None
-) -> Tensor:
+def agent_attention(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, scale2: float, shortcut: float) -> Tensor:
     """Aggregation by the agents, broadcast to the queries, shortcut of the values."""
-    v_agents = attention(agents, k, v, q.shape[1] ** -0.5, sizes)
+    v_agents = attention(agents, k, v, q.shape[1] ** -0.5)
     return attention(q, agents, v_agents, scale2) + shortcut * v
 
 
@@ -126,51 +102,48 @@ def project(linear: nn.Module, tokens: Tensor) -> Tensor:
     return out if linear.bias is None else out + linear.bias.double()
 
 
-def stride_of(phase: Any) -> tuple[int, int]:
-    """(sy, sx) of a phase, whose own order is (sx, sy)."""
-    if isinstance(phase.stride, int):
-        return phase.stride, phase.stride
-    sx, sy = phase.stride
-    return sy, sx
+def cell_on(technique: Agent | Merge | KV, grid: Grid) -> Grid:
+    """(sy, sx) of a technique, whose stride is (sx, sy); cells grow where there would be more than `max_agents`."""
+    sx, sy = (technique.stride,) * 2 if isinstance(technique.stride, int) else technique.stride
+    most = technique.max_agents if isinstance(technique, KV) else None
+    factor = 1
+    while most and (grid[0] // (factor * sy)) * (grid[1] // (factor * sx)) > most:
+        factor += 1
+    return factor * sy, factor * sx
 
 
 def reference_attention(
     attn: Attention,
     x: Tensor,
     y: Tensor,
-    grid: Grid,
-    phase: Any,
-    ratio: float,
+    technique: Agent | Merge | KV,
     dst: Sequence[int],
-    fold: Fold = fold,
+    grouping: Grouping = groups_of,
 ) -> Tensor:
     """One self-attention layer for one picture: block input x and normed y, each N×C, to the output of `to_out`.
 
-    `phase` is anything with the fields of `agentsd.Phase`; `dst` are the destinations, one of each cell.
+    `dst` are the destinations, one of each cell.
     """
     n = len(x)
     y = y.double()
-    sy, sx = stride_of(phase)
-    agents = None
+    agents = key_sizes = None
 
-    if phase.attention == "kv":
-        groups = fold(x, dst, int(n * phase.kv_ratio))
+    if isinstance(technique, KV):
+        groups = grouping(x, dst, int(n * technique.kv_ratio))
         means = merge(y, groups)
         q, k, v = project(attn.to_q, y), project(attn.to_k, means), project(attn.to_v, means)
         groups_out = [[token] for token in range(n)]
         key_sizes = [len(group) for group in groups]
     else:
-        groups = groups_out = fold(x, dst, int(n * ratio) if phase.merge_attn else 0)
-        f = merge(y, groups)
+        groups_out = grouping(x, dst, int(n * technique.ratio))
+        f = merge(y, groups_out)
         q, k, v = project(attn.to_q, f), project(attn.to_k, f), project(attn.to_v, f)
-        key_sizes = [len(group) for group in groups] if phase.proportional else None
-        if phase.attention == "agent":
-            if phase.agents == "pool":
-                a = pool(y, grid, (grid[0] // sy, grid[1] // sx))
-            else:
-                a = merge(y, fold(x, dst, int(n * phase.agent_ratio)))
+        if isinstance(technique, Agent):
+            a = merge(y, grouping(x, dst, int(n * technique.agent_ratio)))
             if 2 * len(a) < len(f):
                 agents = project(attn.to_q, a)
+        elif technique.proportional:
+            key_sizes = [len(group) for group in groups_out]
 
     d = q.shape[1] // attn.heads
     heads = []
@@ -179,10 +152,9 @@ def reference_attention(
         if agents is None:
             o = attention(q[:, part], k[:, part], v[:, part], d**-0.5, key_sizes)
         else:
-            scale2 = d ** (-0.5 * phase.k_scale2)
-            o = agent_attention(
-                q[:, part], k[:, part], v[:, part], agents[:, part], scale2, phase.k_shortcut, key_sizes
-            )
+            assert isinstance(technique, Agent)
+            scale2 = d ** (-0.5 * technique.k_scale2)
+            o = agent_attention(q[:, part], k[:, part], v[:, part], agents[:, part], scale2, technique.k_shortcut)
         heads.append(o)
     return unmerge(project(attn.to_out[0], torch.cat(heads, dim=1)), groups_out)
 
@@ -201,35 +173,37 @@ def self_attention_levels(unet: UNet2DConditionModel) -> Iterator[tuple[int, Tra
 @contextmanager
 def reference_unet(
     unet: UNet2DConditionModel,
-    phase: Any,
-    ratio: float,
-    destinations: Callable[[Grid, tuple[int, int]], Sequence[int]],
-    levels: Sequence[int] = (1,),
+    techniques: Mapping[int, Agent | Merge | KV],
+    destinations: Callable[[Grid, Grid], Sequence[int]],
     matched_on: Sequence[Tensor] = (),
-    fold: Fold = fold,
+    grouping: Grouping = groups_of,
 ) -> Iterator[UNet2DConditionModel]:
-    """The UNet with the reference in place of the self-attention of the given levels.
+    """The UNet with the reference in place of the self-attention of some levels.
 
-    A grid smaller than one cell keeps its stock attention. `destinations(grid, (sy, sx))` gives the destinations.
-    `matched_on` holds block inputs, in the order of the calls, to match on in place of the UNet's own, and `fold` can
-    make the groups in another way.
+    Args:
+        unet: stock again afterwards.
+        techniques: by level. A grid smaller than one cell keeps its stock attention.
+        destinations: those of a grid with cells of (sy, sx).
+        matched_on: block inputs, in the order of the calls, to match on in place of the UNet's own.
+        grouping: another way of making the groups.
     """
-    sy, sx = stride_of(phase)
-    if phase.kmeans_steps:
-        fold = partial(fold, steps=phase.kmeans_steps)
     hooks, patched = [], []
     given = iter(matched_on)
 
-    def on_merged(part: nn.Module, inputs: list[Tensor], grid: list[int]) -> None:
+    def chosen(technique: Agent | Merge | KV, grid: list[int]) -> list[int]:
+        """The destinations; none on a grid that is smaller than a cell."""
+        (h, w), (sy, sx) = grid, cell_on(technique, (grid[0], grid[1]))
+        return list(destinations((h, w), (sy, sx))) if h >= sy and w >= sx else []
+
+    def on_merged(part: nn.Module, inputs: list[Tensor], grid: list[int], technique: Merge) -> None:
         """Call a part of a block with merged tokens, picture by picture (ToMe for SD)."""
         stock = part.forward
 
         def forward(y: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
-            (h, w), (x,) = grid, inputs
-            dst = list(destinations((h, w), (sy, sx))) if h >= sy and w >= sx else []
+            (x,), dst, n = inputs, chosen(technique, grid), y.shape[1]
             rows = []
             for i in range(len(y)):
-                groups = fold(x[i], dst, int(h * w * ratio)) if dst else [[token] for token in range(h * w)]
+                groups = grouping(x[i], dst, int(n * technique.ratio)) if dst else [[token] for token in range(n)]
                 context = () if encoder_hidden_states is None else (encoder_hidden_states[i : i + 1],)
                 rows.append(unmerge(stock(merge(y[i], groups)[None], *context, **kwargs)[0], groups))
             return torch.stack(rows)
@@ -237,31 +211,32 @@ def reference_unet(
         part.forward = forward
         patched.append(part)
 
-    def patch(block: nn.Module, grid: list[int]) -> None:
+    def patch(block: nn.Module, grid: list[int], technique: Agent | Merge | KV) -> None:
         stock = block.attn1.forward
         inputs: list[Tensor] = []
         seen: list[Tensor] = []
-        if phase.merge_crossattn:
-            on_merged(block.attn2, seen, grid)
-        if phase.merge_mlp:
-            on_merged(block.ff, seen, grid)
+        parts: Sequence[str] = ("attn",)
+        if isinstance(technique, Merge):
+            parts = technique.parts
+            for name, part in (("crossattn", block.attn2), ("mlp", block.ff)):
+                if name in parts:
+                    on_merged(part, seen, grid, technique)
         hooks.append(block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
 
         def forward(y: Tensor, **kwargs: Any) -> Tensor:
             x = next(given, inputs.pop())
             seen[:] = [x]
-            h, w = grid
-            if h < sy or w < sx or phase.attention == "stock":
+            dst = chosen(technique, grid)
+            if not dst or "attn" not in parts:
                 return stock(y, **kwargs)
-            dst = list(destinations((h, w), (sy, sx)))
-            out = [reference_attention(block.attn1, x[i], y[i], (h, w), phase, ratio, dst, fold) for i in range(len(y))]
+            out = [reference_attention(block.attn1, x[i], y[i], technique, dst, grouping) for i in range(len(y))]
             return torch.stack(out).to(y.dtype)
 
         block.attn1.forward = forward
         patched.append(block.attn1)
 
     for level, transformer in self_attention_levels(unet):
-        if level in levels:
+        if level in techniques:
             grid: list[int] = []
             hooks.append(
                 transformer.register_forward_pre_hook(
@@ -269,7 +244,7 @@ def reference_unet(
                 )
             )
             for block in transformer.transformer_blocks:
-                patch(block, grid)
+                patch(block, grid, techniques[level])
     try:
         yield unet
     finally:

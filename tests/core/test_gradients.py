@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
-from agentsd import Phase
+from agentsd import KV, Agent, AgentSDConfig, Merge, Phase
 
-PHASES = {
-    "agent": Phase(stride=2, ratio=0.3, proportional=True),
-    "agent-pool": Phase(stride=2, ratio=0.0, agents="pool"),
-    "merge": Phase(attention="merge", stride=2, ratio=0.5, merge_crossattn=True, merge_mlp=True),
-    "kv": Phase(attention="kv", stride=2),
+TECHNIQUES = {
+    "agent": Agent(stride=2, ratio=0.1),
+    "merge": Merge(ratio=0.5, proportional=True, parts=("attn", "crossattn", "mlp")),
+    "kv": KV(stride=2),
 }
+
+
+def throughout(name: str) -> AgentSDConfig:
+    return AgentSDConfig((Phase(attention=TECHNIQUES[name]),))
 
 
 @contextmanager
@@ -34,11 +37,11 @@ def unet(tiny_unet: Callable[..., Any]) -> Any:
     return tiny_unet(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8).double()
 
 
-@pytest.mark.parametrize("name", PHASES)
+@pytest.mark.parametrize("name", TECHNIQUES)
 @pytest.mark.parametrize("mode", ["ordinary", "deterministic"])
 def test_gradients_are_those_of_finite_differences(unet: Any, name: str, mode: str) -> None:
     unet.requires_grad_(False)
-    agentsd.apply(unet, phases=(PHASES[name],))
+    agentsd.apply(unet, throughout(name))
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, 4, 6, 8, generator=generator, dtype=torch.double, requires_grad=True)
     text = torch.randn(1, 3, 8, generator=generator, dtype=torch.double, requires_grad=True)
@@ -54,10 +57,10 @@ def test_gradients_are_those_of_finite_differences(unet: Any, name: str, mode: s
         assert torch.autograd.gradcheck(forward, (sample, text), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["agent", "merge", "kv"])
+@pytest.mark.parametrize("name", TECHNIQUES)
 def test_deterministic_algorithms_sum_in_a_fixed_order_and_give_the_same(unet: Any, name: str) -> None:
     """scatter_reduce is the operation that has no deterministic form on CUDA."""
-    agentsd.apply(unet.requires_grad_(False), phases=(PHASES[name],))
+    agentsd.apply(unet.requires_grad_(False), throughout(name))
     called: set[str] = set()
 
     class Watch(TorchDispatchMode):
@@ -76,6 +79,16 @@ def test_deterministic_algorithms_sum_in_a_fixed_order_and_give_the_same(unet: A
     assert "index_add" in called
     assert "scatter_reduce" not in called
     torch.testing.assert_close(fixed, ordinary, rtol=0, atol=1e-12)
+
+
+def test_a_call_with_gradients_may_follow_one_in_inference_mode(unet: Any) -> None:
+    """What a call keeps for the next ones is no inference tensor, which autograd refuses to save."""
+    agentsd.apply(unet)
+    call = torch.randn(1, 4, 10, 14).double(), 300, torch.randn(1, 3, 8).double()
+    with torch.inference_mode():
+        unet(*call)
+    unet(*call).sample.sum().backward()
+    assert unet.conv_in.weight.grad.isfinite().all()
 
 
 @pytest.mark.slow
