@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from agentsd.config import AgentSDConfig, AgentSDWarning, Phase
-from agentsd.patch import applied, apply, disabled, is_applied, remove
-from agentsd.report import Report, describe
+from agentsd.api import applied, apply, disabled, is_applied, remove
+from agentsd.config import KV, Agent, AgentSDConfig, AgentSDWarning, Merge, Phase, StepCache
+from agentsd.describe import Report, describe
 
 if TYPE_CHECKING:
     from agentsd.view import View, visualize
@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "KV",
+    "Agent",
     "AgentSDConfig",
     "AgentSDWarning",
+    "Merge",
     "Phase",
     "Report",
+    "StepCache",
     "View",
     "applied",
     "apply",

@@ -1,9 +1,20 @@
-"""From a timestep of the noise schedule to the phase in force."""
+"""Where in the noise schedule a call of the model is, and which phase is in force there."""
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from agentsd.config import Phase
+
+class Ends(Protocol):
+    """Something in force while progress < until."""
+
+    @property
+    def until(self) -> float: ...
+
+
+Part = TypeVar("Part", bound=Ends)
 
 
 def progress(timestep: float, num_train_timesteps: int) -> float:
@@ -11,9 +22,9 @@ def progress(timestep: float, num_train_timesteps: int) -> float:
     return 1 - timestep / num_train_timesteps
 
 
-def phase_at(phases: tuple[Phase, ...], at: float) -> Phase:
-    """The phase in force at a progress: the first that ends after it, or the last."""
-    return next((phase for phase in phases if at < phase.until), phases[-1])
+def in_force(parts: Iterable[Part], at: float) -> Part | None:
+    """The first part that ends after a progress; at the image itself, those that end there."""
+    return next((part for part in parts if at < part.until or part.until == 1), None)
 
 
 class Clock:

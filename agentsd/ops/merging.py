@@ -1,4 +1,4 @@
-"""Token merging: which tokens stand for which, and the two operations on that map. Nothing about attention or models.
+"""Token merging: destinations, the most similar destination of each token, and merge and unmerge on that token map.
 
 After *Token Merging for Fast Stable Diffusion* (Bolya & Hoffman, 2023, arXiv 2303.17604, section 4).
 """
@@ -107,7 +107,7 @@ class Match:
 
     Attributes:
         best: number of the destination, B×N int64; a destination's is its own.
-        score: cosine similarity to it, B×N; -inf for destinations, which are never folded.
+        score: cosine similarity to it, B×N; -inf for destinations, which are never merged away.
         destinations: their number n.
     """
 
@@ -115,43 +115,33 @@ class Match:
     score: Tensor
     destinations: int
 
-    def fold(self, count: int) -> TokenMap:
-        """Fold the `count` sources with the highest similarity (at most all of them) into their destinations.
+    def token_map(self, count: int) -> TokenMap:
+        """Merge the `count` sources with the highest similarity (at most all of them) into their destinations.
 
-        Groups 0 … n−1 are the destinations; each source that is kept is a group of its own after them.
+        Groups 0 … n−1 are the destinations; each of the other sources is a group of its own after them.
         """
         batch, tokens = self.best.shape
         sources = tokens - self.destinations
         if count >= sources:
             return TokenMap(self.best, self.destinations)
         kept = self.score.argsort(dim=1, descending=True, stable=True)[:, count:sources]
-        own = torch.arange(self.destinations, tokens - count, device=kept.device).expand(batch, -1)
-        return TokenMap(self.best.scatter(1, kept, own), tokens - count)
+        groups = torch.arange(self.destinations, tokens - count, device=kept.device).expand(batch, -1)
+        return TokenMap(self.best.scatter(1, kept, groups), tokens - count)
 
 
-def match(x: Tensor, dst: Tensor, kmeans_steps: int = 0) -> Match:
+def match(x: Tensor, dst: Tensor) -> Match:
     """Find the destination that each token is most similar to, by cosine similarity.
 
     Args:
         x: the metric, B×N×C; AgentSD and ToMe for SD take the block's input before its norm.
         dst: token indices of the n destinations.
-        kmeans_steps: so many times more, tokens are compared to the means of what the destinations stand for. A
-            destination stays in its own group, so that none is empty.
     """
     x = x.detach()
-    found = _nearest(x, x[:, dst], dst)
-    for _ in range(kmeans_steps):
-        found = _nearest(x, found.fold(x.shape[1]).merge(x), dst)
-    return found
-
-
-def _nearest(x: Tensor, anchors: Tensor, dst: Tensor) -> Match:
-    """The most similar of B×n×C anchors of every token but the destinations."""
-    anchors = F.normalize(anchors, dim=-1).transpose(1, 2)
+    anchors = F.normalize(x[:, dst], dim=-1).transpose(1, 2)
     rows = max(1, _SCORES_AT_ONCE // (len(x) * len(dst)))
     best = [(part @ anchors).max(dim=-1) for part in x.split(rows, dim=1)]
     index = torch.cat([part.indices for part in best], dim=1)
     score = torch.cat([part.values for part in best], dim=1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-    own = torch.arange(len(dst), device=x.device).expand(len(x), -1)
+    numbers = torch.arange(len(dst), device=x.device).expand(len(x), -1)
     places = dst.expand(len(x), -1)
-    return Match(index.scatter(1, places, own), score.scatter(1, places, float("-inf")), len(dst))
+    return Match(index.scatter(1, places, numbers), score.scatter(1, places, float("-inf")), len(dst))

@@ -1,0 +1,1 @@
+"""The method on tensors: nothing here knows models, hosts or configurations."""
