@@ -3,14 +3,14 @@
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from agentsd import cache
+from agentsd.cache import Call, Kind, techniques
 from agentsd.config import AgentSDConfig, AgentSDWarning
 from agentsd.layer import BlockState, accelerated_attention
 from agentsd.ops import kernels
@@ -148,7 +148,10 @@ class AgentSDProcessor:
     ) -> Tensor:
         """The output of the attention layer, B×N×C."""
         plan = self.state.plan(hidden_states)
-        if plan is None or plan.attention is None or encoder_hidden_states is not None or attention_mask is not None:
+        # Guiders that perturb a layer's scores put a hook on it and count on as many keys as queries.
+        hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", None)
+        other = encoder_hidden_states is not None or attention_mask is not None or hooks
+        if plan is None or plan.attention is None or other:
             out: Tensor = self.inner(
                 attn,
                 hidden_states,
@@ -158,6 +161,15 @@ class AgentSDProcessor:
             )
             return out
         return accelerated_attention(hidden_states, plan, self.state, Layer(attn, self.inner, self.attend, kwargs))
+
+
+@cache
+def _register_processor() -> None:
+    """Let diffusers' hooks that skip layers know what a skipped layer returns; they look processors up by class."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    AttentionProcessorRegistry.register(AgentSDProcessor, AttentionProcessorRegistry.get(AttnProcessor2_0))
 
 
 def obstacle(attn: "Attention", inner: Any) -> str | None:
@@ -206,7 +218,8 @@ class Patch:
         self.planner = Planner(config, (layer.level for layer in self.layers), type(model).__name__)
         self.covered = [layer for layer in self.layers if layer.level in self.planner.covered]
         self.handles: list[RemovableHandle] = []
-        self.techniques = cache.techniques(model, config)
+        _register_processor()
+        self.techniques = techniques(model, config)
         self.wrap_all()
         # Plain Python beside a compiled model. Unlike the function that torch.compiler.disable makes of a method, a
         # partial is copied with the model.
@@ -218,7 +231,7 @@ class Patch:
             after_call = partial(torch.compiler.disable(Patch.after_call), self)
             self.handles.append(model.register_forward_hook(after_call))
 
-    def technique(self, kind: type[cache.Kind]) -> "cache.Kind | None":
+    def technique(self, kind: type[Kind]) -> Kind | None:
         """The technique of a class, if the configuration has it."""
         return next((technique for technique in self.techniques if isinstance(technique, kind)), None)
 
@@ -283,7 +296,7 @@ class Patch:
             if plan := self.planner.plan(level, grid, timestep, steps, sample.device):
                 self.plans[level] = plan
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
-        call = cache.Call(timestep, steps, self.clock, sample, text)
+        call = Call(timestep, steps, self.clock, sample, text)
         for technique in self.techniques:
             technique.before_call(call)
 
