@@ -6,9 +6,10 @@ compared is its output before `to_out`, for every token.
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,216 +17,171 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agentsd.config import AgentSDConfig
-from agentsd.evaluation.methods import Method, copied, method, missing, prepared, put_tomesd
-from agentsd.patch import Layer, apply, find_layers
-
-__all__ = ["VARIANTS", "measure", "missing", "relative_error", "tables", "variant"]
+from agentsd.api import apply
+from agentsd.drawing import UNetCall, draw, record_calls
+from agentsd.evaluation.metrics import pair_distances
+from agentsd.evaluation.pictures import as_tensor
+from agentsd.hosts.diffusers_unet import SelfAttentionLayer, find_layers
+from agentsd.methods import Method, method, own_copy, prepared
+from agentsd.results import markdown_table, write_json, write_text
 
 VARIANTS = (
     "paper:ratio=0.4",
-    "paper:ratio=0.4,proportional=true",
     "tomesd:ratio=0.4",
     "merge:ratio=0.4",
     "merge:ratio=0.4,proportional=true",
     "kv:stride=2",
     "kv:stride=4",
-    "kv:stride=4,kmeans_steps=1",
     "kv:stride=8",
-    "kv:stride=8,kmeans_steps=1",
     "fast",
-    "fast:kmeans_steps=1",
     "pooled:stride=4",
     "nystrom:stride=4",
     "skipped",
 )
 # name: the preset that it is short for, with these options before its own
-SHORT = {
-    "merge": ("paper", "0/attention=merge,0/stride=2"),
-    "kv": ("faithful", ""),
-}
-BASELINES = {"pooled": {"stride": 4}, "nystrom": {"stride": 4}, "skipped": {}}
+SHORT = {"merge": ("paper", "0/attention=merge,0/stride=2"), "kv": ("faithful", "")}
+IDENTICAL = 999.0  # dB in JSON, which has no infinity
 
 
-class _Baseline:
-    """A self-attention processor for comparison, of square grids."""
-
-    def __init__(self, stride: int = 1) -> None:
-        self.stride = stride
-
-    def pooled(self, tokens: Tensor) -> Tensor:
-        """Means of the cells: B×N×C → B×n×C."""
-        side = round(tokens.shape[1] ** 0.5)
-        stride = min(self.stride, side)
-        image = tokens.transpose(1, 2).unflatten(2, (side, side))
-        return F.avg_pool2d(image, stride).flatten(2).transpose(1, 2)
+def _means(tokens: Tensor, stride: int) -> Tensor:
+    """Means of the cells of a square grid: B×N×C → B×n×C."""
+    side = round(tokens.shape[1] ** 0.5)
+    image = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return F.avg_pool2d(image, min(stride, side)).flatten(2).transpose(1, 2)
 
 
 def _heads(attn: nn.Module, tokens: Tensor) -> Tensor:
     return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
-class Pooled(_Baseline):
+def pooled(attn: Any, tokens: Tensor, *_: Any, stride: int = 4, **__: Any) -> Tensor:
     """Keys and values averaged over cells, without matching and without sizes (as token downsampling does it)."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        few = self.pooled(hidden_states)
-        q, k, v = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_k(few)), _heads(attn, attn.to_v(few))
-        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    few = _means(tokens, stride)
+    q, k, v = _heads(attn, attn.to_q(tokens)), _heads(attn, attn.to_k(few)), _heads(attn, attn.to_v(few))
+    return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Nystrom(_Baseline):
+def nystrom(attn: Any, tokens: Tensor, *_: Any, stride: int = 4, **__: Any) -> Tensor:
     """Nyström attention with pooled landmarks (Xiong et al., AAAI 2021), the pseudo-inverse in the middle exact."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        few = self.pooled(hidden_states)
-        q, k, v = (_heads(attn, part(hidden_states)).float() for part in (attn.to_q, attn.to_k, attn.to_v))
-        q_few, k_few = (_heads(attn, part(few)).float() for part in (attn.to_q, attn.to_k))
-        scale = q.shape[-1] ** -0.5
-        to_few = (q @ k_few.transpose(-1, -2) * scale).softmax(-1)
-        among = (q_few @ k_few.transpose(-1, -2) * scale).softmax(-1)
-        gathered = F.scaled_dot_product_attention(q_few, k, v)
-        out = to_few @ (torch.linalg.pinv(among) @ gathered)
-        return attn.to_out[0](out.to(hidden_states.dtype).transpose(1, 2).flatten(2))
+    few = _means(tokens, stride)
+    q, k, v = (_heads(attn, part(tokens)).float() for part in (attn.to_q, attn.to_k, attn.to_v))
+    q_few, k_few = (_heads(attn, part(few)).float() for part in (attn.to_q, attn.to_k))
+    scale = q.shape[-1] ** -0.5
+    to_few = (q @ k_few.transpose(-1, -2) * scale).softmax(-1)
+    among = (q_few @ k_few.transpose(-1, -2) * scale).softmax(-1)
+    gathered = F.scaled_dot_product_attention(q_few, k, v)
+    out = to_few @ (torch.linalg.pinv(among) @ gathered)
+    return attn.to_out[0](out.to(tokens.dtype).transpose(1, 2).flatten(2))
 
 
-class Skipped(_Baseline):
+def skipped(attn: Any, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
     """No attention: every token keeps what it has."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    return tokens
 
 
-_PROCESSORS: dict[str, type[_Baseline]] = {"pooled": Pooled, "nystrom": Nystrom, "skipped": Skipped}
+# Self-attention processors for comparison.
+BASELINES: dict[str, Callable[..., Tensor]] = {"pooled": pooled, "nystrom": nystrom, "skipped": skipped}
 
 
 def variant(text: str) -> Method:
     """A method, a short name of `SHORT` or a baseline.
 
     Raises:
-        ValueError: there is none, or it reuses features across steps.
+        ValueError: there is none, or its attention is the stock one.
     """
     name, _, options = text.partition(":")
     if name in BASELINES:
-        from agentsd.benchmark import parse
-
-        given = parse(text)[1]
-        if unknown := [key for key in given if key not in BASELINES[name]]:
-            raise ValueError(f"method {text!r}: {name} has no option {unknown[0]!r}")
-        return Method(text, BASELINES[name] | given)
+        return _baseline(text)
     if name in ("deepcache", "tgate", "stock"):
         raise ValueError(f"method is {text!r}; its attention is the stock one where it computes it at all")
     if name in SHORT:
         preset, first = SHORT[name]
-        return Method(text, method(f"{preset}:{','.join(filter(None, (first, options)))}").settings)
+        settings = method(f"{preset}:{','.join(filter(None, (first, options)))}").settings
+        return Method(text, settings)
     return method(text)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of the UNet in a stock run."""
-
-    progress: float
-    sample: Tensor
-    timestep: Tensor
-    text: Tensor
-
-
-@contextmanager
-def _recorded(unet: nn.Module, calls: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        calls.append((args[0].clone(), torch.as_tensor(timestep).clone(), kwargs["encoder_hidden_states"].clone()))
-
-    handle = unet.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _inputs(unet: nn.Module, layers: Sequence[Layer], call: Call) -> dict[str, Tensor]:
+def _inputs(unet: nn.Module, layers: Sequence[SelfAttentionLayer], call: UNetCall) -> dict[str, Tensor]:
     """The input of each layer's block in a stock call."""
     found: dict[str, Tensor] = {}
-    handles = [
-        layer.block.register_forward_pre_hook(lambda _, args, name=layer.name: found.update({name: args[0].clone()}))
-        for layer in layers
-    ]
-    unet(call.sample, call.timestep, encoder_hidden_states=call.text)
-    for handle in handles:
-        handle.remove()
+
+    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        found[name] = args[0].clone()
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.block.register_forward_pre_hook(partial(note, layer.name)))
+        unet(*call.args, **call.kwargs)
     return found
 
 
-def _outputs(unet: nn.Module, call: Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _outputs(unet: nn.Module, call: UNetCall, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the attention of each layer makes of given inputs of its block, for every token.
 
     Where a method restores the merged tokens only after the attention, it is what the block adds to its input.
     """
     found: dict[str, Tensor] = {}
-    handles = []
-    for layer in find_layers(unet):
 
-        def force(_: nn.Module, args: tuple[Any, ...], given: Tensor = inputs[layer.name]) -> tuple[Any, ...]:
-            return given.clone(), *args[1:]
+    def force(name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[name].clone(), *args[1:]
 
-        def note(_: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = layer.name) -> None:
-            found[name] = out.clone()
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        found[name] = out.clone()
 
-        def added(_: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
-            if found[name].shape != args[0].shape:
-                found[name] = args[0] - inputs[name]
+    def added(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if found[name].shape != args[0].shape:
+            found[name] = args[0] - inputs[name]
 
-        handles += [layer.block.register_forward_pre_hook(force), layer.block.attn1.register_forward_hook(note)]
-        handles.append(layer.block.norm2.register_forward_pre_hook(added))
-    unet(call.sample, call.timestep, encoder_hidden_states=call.text)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for layer in find_layers(unet):
+            block, name = layer.block, layer.name
+            hooks.enter_context(block.register_forward_pre_hook(partial(force, name)))
+            hooks.enter_context(block.attn1.register_forward_hook(partial(note, name)))
+            hooks.enter_context(block.norm2.register_forward_pre_hook(partial(added, name)))
+        unet(*call.args, **call.kwargs)
     return found
 
 
 def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     """A UNet with a method at every level, however few its tokens, and nothing after its self-attentions.
 
-    A configuration that names what it does at each level is not put on others. Nothing is kept from call to call.
+    A configuration that names several levels is put on those. Nothing is kept from call to call.
     """
-    own = copied(pipe)
+    own = own_copy(pipe)
     layers = find_layers(own.unet)
-    options = {} if wanted is None else wanted.options
     if wanted is None:
         pass
-    elif wanted.name in _PROCESSORS:
-        for layer in layers:
-            layer.block.attn1.set_processor(_PROCESSORS[wanted.name](**options))
+    elif wanted.name in BASELINES:
+        _put_baseline(wanted, layers)
     elif wanted.name == "tomesd":
-        put_tomesd(own, options | {"max_downsample": 8})
+        put_tomesd(own, wanted.options | {"max_downsample": 8})
     else:
-        levels = tuple(sorted({layer.level for layer in layers}))
-        config = AgentSDConfig.from_dict(options)
-        phases = []
-        for phase in config.phases:
-            fresh: dict[str, Any] = {"match_interval": 1}
-            everywhere: dict[str, Any] = {"levels": levels, "min_tokens": 1}
-            if isinstance(phase.levels, Mapping):
-                everywhere = {"levels": {level: {**given, **fresh} for level, given in phase.levels.items()}}
-            phases.append(dataclasses.replace(phase, **everywhere, **fresh, reuse_interval=1))
-        apply(own, config.replace(phases=tuple(phases), cross_reuse_from=None))
+        config = wanted.config
+        assert config is not None
+        if all(phase.levels == (0,) for phase in config.phases):
+            levels = tuple(sorted({layer.level for layer in layers}))
+            phases = [dataclasses.replace(phase, levels=levels, min_tokens=1) for phase in config.phases]
+            config = config.replace(phases=phases)
+        apply(own, config.replace(steps=()))
     for layer in layers:
         layer.block.attn1.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     unet: nn.Module = own.unet
     return unet
 
 
-def _finest(pipe: Any, wanted: Method) -> Any:
-    """A pipeline with a method where it is at home: baselines at the finest level."""
-    if wanted.name not in _PROCESSORS:
+def _put_baseline(wanted: Method, layers: Sequence[SelfAttentionLayer]) -> None:
+    for layer in layers:
+        layer.block.attn1.set_processor(partial(BASELINES[wanted.name], **wanted.options))
+
+
+def _drawing(pipe: Any, wanted: Method) -> Callable[..., Any]:
+    """A pipeline with a method where it is meant to be: baselines at the finest level."""
+    if wanted.name not in BASELINES:
         return prepared(pipe, wanted)
-    own = copied(pipe)
+    own = own_copy(pipe)
     layers = find_layers(own.unet)
     finest = min(layer.level for layer in layers)
-    for layer in layers:
-        if layer.level == finest:
-            layer.block.attn1.set_processor(_PROCESSORS[wanted.name](**wanted.settings))
+    _put_baseline(wanted, [layer for layer in layers if layer.level == finest])
     return own
 
 
@@ -256,58 +212,44 @@ def measure(
         For each variant `error` (level → relative error at each noise level, the mean over layers and images of
         ‖O − O_stock‖ / ‖O_stock‖), and `psnr` of each image in dB.
     """
-    from agentsd.evaluation.metrics import pair_distances
 
-    pipe.set_progress_bar_config(disable=True)
+    def images(call: Any) -> Tensor:
+        seeds = [seed + index for index in range(len(prompts))]
+        drawn = draw(call, prompts, seeds, num_inference_steps=steps, guidance_scale=guidance)
+        return torch.stack([as_tensor(image) for image in drawn.images])
 
-    def draw(call: Any) -> Tensor:
-        images = call(
-            list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
-            output_type="pt",
-        ).images
-        drawn: Tensor = (images * 255).round().to(torch.uint8)
-        return drawn
-
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    stock_pipe = copied(pipe)
-    with _recorded(stock_pipe.unet, calls):
-        stock = draw(stock_pipe)
+    own = own_copy(pipe)
+    with record_calls(own.unet) as calls:
+        stock = images(own)
     horizon = pipe.scheduler.config.num_train_timesteps
-    reached = [1 - float(timestep) / horizon for _, timestep, _ in calls]
-    nearest = [int((torch.tensor(reached) - progress).abs().argmin()) for progress in at]
-    chosen = [Call(reached[i], *calls[i]) for i in nearest]
-    layers = find_layers(pipe.unet)
+    progress = [1 - float(call.timestep) / horizon for call in calls]
+    nearest = [min(range(len(calls)), key=lambda i: abs(progress[i] - wanted)) for wanted in at]
+    chosen = [calls[i] for i in nearest]
+    layers = find_layers(own.unet)
     levels = sorted({layer.level for layer in layers})
-    result: dict[str, Any] = {
-        "progress": [call.progress for call in chosen],
-        "levels": levels,
-        "variants": [],
-    }
+    inputs = [_inputs(own.unet, layers, call) for call in chosen]
     reference = _everywhere(pipe, None)
-    inputs = [_inputs(stock_pipe.unet, find_layers(stock_pipe.unet), call) for call in chosen]
     truth = [_outputs(reference, call, given) for call, given in zip(chosen, inputs, strict=True)]
+    rows = []
     for wanted in tqdm(variants, desc="variants", disable=quiet):
+        errors: dict[int, list[float]] = {level: [] for level in levels}
         with torch.random.fork_rng():
             unet = _everywhere(pipe, wanted)
-            errors: dict[int, list[float]] = {level: [] for level in levels}
             for call, given, true in zip(chosen, inputs, truth, strict=True):
                 found = _outputs(unet, call, given)
                 for level in levels:
                     names = [layer.name for layer in layers if layer.level == level]
                     errors[level].append(statistics.mean(relative_error(found[name], true[name]) for name in names))
-        images = draw(_finest(pipe, wanted))
-        result["variants"].append(
+        psnr = pair_distances("psnr", images(_drawing(pipe, wanted)), stock).tolist()
+        rows.append(
             {
                 "variant": wanted.text,
                 "settings": wanted.settings,
                 "error": {str(level): values for level, values in errors.items()},
-                "psnr": [min(value, 999.0) for value in pair_distances("psnr", images, stock).tolist()],
+                "psnr": [min(value, IDENTICAL) for value in psnr],
             }
         )
-    return result
+    return {"progress": [progress[i] for i in nearest], "levels": levels, "variants": rows}
 
 
 def relative_error(found: Tensor, true: Tensor) -> float:
@@ -316,23 +258,23 @@ def relative_error(found: Tensor, true: Tensor) -> float:
     return float((difference / true.double().flatten(1).norm(dim=1)).mean())
 
 
+def write(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write errors.json and errors.md; returns their paths."""
+    paths = [folder / "errors.json", folder / "errors.md"]
+    write_json(paths[0], result)
+    write_text(paths[1], tables(result) + "\n")
+    return paths
+
+
 def tables(result: dict[str, Any]) -> str:
     """Both tables in Markdown: the finest level by noise level with the images, and every level."""
-    finest = str(result["levels"][0])
+    levels = [str(level) for level in result["levels"]]
     head = ["variant", *(f"at {progress:.2f}" for progress in result["progress"]), "mean error", "PSNR, dB", "worst"]
-    rows = [head]
+    finest, every = [], []
     for row in result["variants"]:
-        errors = row["error"][finest]
-        cells = [row["variant"], *(f"{value:.4f}" for value in errors), f"{statistics.mean(errors):.4f}"]
-        rows.append([*cells, f"{statistics.mean(row['psnr']):.1f}", f"{min(row['psnr']):.1f}"])
-    second = [["variant", *(f"level {level}" for level in result["levels"])]]
-    for row in result["variants"]:
-        means = [statistics.mean(row["error"][str(level)]) for level in result["levels"]]
-        second.append([row["variant"], *(f"{value:.4f}" for value in means)])
-    return "\n\n".join(_pipes(table) for table in (rows, second))
-
-
-def _pipes(table: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    lines.insert(1, "|" + "---|" * len(table[0]))
-    return "\n".join(lines)
+        errors = row["error"][levels[0]]
+        cells = [f"{value:.4f}" for value in (*errors, statistics.mean(errors))]
+        finest.append([row["variant"], *cells, f"{statistics.mean(row['psnr']):.1f}", f"{min(row['psnr']):.1f}"])
+        every.append([row["variant"], *(f"{statistics.mean(row['error'][level]):.4f}" for level in levels)])
+    second = ["variant", *(f"level {level}" for level in levels)]
+    return markdown_table(head, finest) + "\n\n" + markdown_table(second, every)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from agentsd.benchmark import parse
 from agentsd.evaluation.networks import needs
 
 INK = "#123456"  # becomes the colour of the page's text
@@ -44,9 +43,9 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         "axes.spines.right": False,
         "legend.frameon": False,
     }
-    drawn = []
+    drawn: list[tuple[str, str]] = []
     with matplotlib.rc_context(style):
-        for column in pictured(result):
+        for column in drawn_columns(result):
             if all("time" in row for row in result["methods"]) and len(result["methods"]) > 1:
                 drawn.append((f"{column['label']} against speed", _scatter(result, column)))
             title = f"{column['label']}, with intervals"
@@ -56,18 +55,15 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     return drawn
 
 
-def pictured(result: dict[str, Any]) -> list[dict[str, Any]]:
+def drawn_columns(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The scores that are drawn: the first distance to the reference, the first of adherence and closeness to stock."""
     keys = [column["key"] for column in result["columns"]]
-    chosen = [
-        next((key for key in keys if test(key)), None)
-        for test in (
-            lambda key: key.endswith("_frechet"),
-            lambda key: key in ("clip", "attributes_all"),
-            lambda key: key in ("psnr", "lpips", "ssim"),
-        )
-    ]
-    return [column for column in result["columns"] if column["key"] in chosen]
+    first = (
+        next((key for key in keys if key.endswith("_frechet")), None),
+        next((key for key in keys if key in ("clip", "attributes_all")), None),
+        next((key for key in keys if key in ("psnr", "lpips", "ssim")), None),
+    )
+    return [column for column in result["columns"] if column["key"] in first]
 
 
 def pareto(points: Sequence[tuple[float, float]], less: bool) -> list[int]:
@@ -80,6 +76,11 @@ def pareto(points: Sequence[tuple[float, float]], less: bool) -> list[int]:
             best = sign * points[index][1]
             front.append(index)
     return front[::-1]
+
+
+def _family(row: dict[str, Any]) -> str:
+    """The name of a method without its options."""
+    return str(row["method"]).partition(":")[0]
 
 
 def _colour(name: str) -> str:
@@ -107,7 +108,7 @@ def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
     )
     families: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        families.setdefault(parse(row["method"])[0], []).append(index)
+        families.setdefault(_family(row), []).append(index)
     for name, members in families.items():
         xs, ys = zip(*[points[i] for i in members], strict=True)
         axis.plot(xs, ys, color=_colour(name), marker="o", markersize=5, linewidth=1, label=name, zorder=3)
@@ -116,7 +117,7 @@ def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
             if "interval" in row:
                 axis.plot([points[i][0]] * 2, row["interval"], color=_colour(name), alpha=0.45, linewidth=1.5, zorder=2)
             if len(members) > 1:
-                text = ",".join(str(value) for value in parse(rows[i]["method"])[1].values())
+                text = ",".join(re.findall(r"=([^,]*)", rows[i]["method"]))
                 axis.annotate(text, points[i], xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
     arrow = {"less": " (less is better)", "more": " (more is better)"}.get(column["better"], "")
     axis.set(xlabel="speed, × stock", ylabel=f"{column['label']}{arrow}")
@@ -132,15 +133,15 @@ def _bars(result: dict[str, Any], column: dict[str, Any]) -> str:
     figure, axis = plt.subplots(figsize=(4.8, 0.9 + 0.24 * len(rows)), layout="constrained")
     values = [row["scores"][column["key"]]["value"] for row in rows]
     low, high = min(values), max(values)
-    for place, row in enumerate(rows):
-        found, colour = row["scores"][column["key"]], _colour(parse(row["method"])[0])
+    for height, row in enumerate(rows):
+        found, colour = row["scores"][column["key"]], _colour(_family(row))
         if "interval" in found:
-            axis.plot(found["interval"], [place] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
+            axis.plot(found["interval"], [height] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
             low, high = min(low, found["interval"][0]), max(high, found["interval"][1])
-        axis.plot(found["value"], place, "o", color=colour, markersize=5)
+        axis.plot(found["value"], height, "o", color=colour, markersize=5)
         if "difference" in found:
             ends = [found["value"] - found["difference"]["value"] + end for end in found["difference"]["interval"]]
-            axis.plot(ends, [place] * 2, color=colour, linewidth=2)
+            axis.plot(ends, [height] * 2, color=colour, linewidth=2)
         if row["method"] == result["methods"][0]["method"]:
             axis.axvline(found["value"], color=INK, alpha=0.35, linewidth=1, linestyle="--")
     axis.set_yticks(range(len(rows)), [row["method"] for row in rows])

@@ -7,7 +7,6 @@ batches among themselves. So kernels meet the same shapes, and every image is th
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
-from agentsd.benchmark import environment
-from agentsd.evaluation.files import is_finished, read_json, write_json, write_png
-from agentsd.evaluation.methods import Method, prepared
+from agentsd.drawing import draw
+from agentsd.evaluation.pictures import is_finished, label
 from agentsd.evaluation.protocols import Protocol
+from agentsd.evaluation.timing import Timing
+from agentsd.methods import Method, prepared
+from agentsd.results import environment, read_json, write_image, write_json
 
 
 @dataclass(frozen=True)
@@ -92,33 +93,29 @@ class Run:
         step, number = self.protocol.batch, len(self.prompts)
         return [list(range(start, min(start + step, number))) for start in range(0, self.limit, step)]
 
+    def is_missing(self, method: Method, indices: Sequence[int]) -> bool:
+        return not all(is_finished(self.path(method, index), self.text(method, index)) for index in indices)
+
     def missing(self) -> list[tuple[list[int], list[Method]]]:
         """Batches with the methods of which an image is not finished."""
-        return [
-            (indices, todo)
-            for indices in self.batches()
-            if (
-                todo := [
-                    method
-                    for method in self.methods
-                    if not all(is_finished(self.path(method, i), self.text(method, i)) for i in indices)
-                ]
-            )
+        every = [
+            (part, [method for method in self.methods if self.is_missing(method, part)]) for part in self.batches()
         ]
+        return [(indices, methods) for indices, methods in every if methods]
 
     def check(self) -> None:
         """Raise ValueError if the folder holds another run."""
         if not (self.output / "run.json").exists():
             return
         there = read_json(self.output / "run.json")
+        old = {**there["identity"], "prompts": there["prompts"], "seed": there["protocol"]["seed"]}
         for key, value in {**self.identity, "prompts": list(self.prompts), "seed": self.protocol.seed}.items():
-            old = {**there["identity"], "prompts": there["prompts"], "seed": there["protocol"]["seed"]}.get(key)
-            if old != value:
-                found = "are others" if key == "prompts" else f"is {old!r}, not {value!r}"
+            if old.get(key) != value:
+                found = "are others" if key == "prompts" else f"is {old.get(key)!r}, not {value!r}"
                 raise ValueError(f"{self.output} holds a run whose {key} {found}; name another --output for this one")
 
     def record(self, command: Sequence[str], processes: int) -> None:
-        """Write down what is made, and that somebody set out to make it."""
+        """Write run.json: what is made, and in which sessions."""
         file = self.output / "run.json"
         there: dict[str, Any] = read_json(file) if file.exists() else {"methods": {}, "sessions": []}
         session = {"command": list(command), "processes": processes, **environment(str(self.device))}
@@ -137,23 +134,12 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One call of a pipeline: seconds for each image, and bytes of memory where the device counts them."""
-
-    method: str
-    indices: tuple[int, ...]
-    seconds: float
-    memory: int | None
-    warm: bool
-
-
 class Maker:
     """Draws batches with one method, in halves where memory does not suffice."""
 
     def __init__(self, pipe: Any, method: Method, run: Run) -> None:
         self.method, self.run = method, run
-        self.draw = prepared(pipe, method)
+        self.call = prepared(pipe, method)
         self.batch = run.protocol.batch
         self.warm = False
 
@@ -180,23 +166,22 @@ class Maker:
         if cuda:
             torch.cuda.reset_peak_memory_stats(run.device)
         before = torch.cuda.memory_allocated(run.device) if cuda else 0
-        began = time.perf_counter()
-        images = self.draw(
+        drawn = draw(
+            self.call,
             [run.prompts[index] for index in indices],
+            [protocol.seed + index for index in indices],
             num_inference_steps=protocol.steps,
             guidance_scale=protocol.guidance,
             width=protocol.width,
             height=protocol.height,
-            generator=[torch.Generator().manual_seed(protocol.seed + index) for index in indices],
-        ).images
-        seconds = (time.perf_counter() - began) / len(indices)
+        )
         memory = (torch.cuda.max_memory_allocated(run.device) - before) // len(indices) if cuda else None
-        for index, image in zip(indices, images, strict=True):
+        for index, image in zip(indices, drawn.images, strict=True):
             path, text = run.path(self.method, index), run.text(self.method, index)
             if not is_finished(path, text):
-                write_png(path, image, text)
+                write_image(path, image, text=label(text))
         warm, self.warm = self.warm, True
-        return Timing(self.method.text, tuple(indices), seconds, memory, warm)
+        return Timing(self.method.text, tuple(indices), drawn.seconds / len(indices), memory, warm)
 
 
 @torch.inference_mode()
@@ -241,7 +226,7 @@ def _generate(run: Run, pipe: Any, mine: list[tuple[list[int], list[Method]]], s
         tqdm(total=total, unit="image", disable=hidden, smoothing=0.05) as bar,
         (run.output / f"timings-{state.process_index}.jsonl").open("a", encoding="utf-8") as log,
     ):
-        log.write("\n")  # a kill may have cut the last line off
+        log.write("\n")  # a kill may have cut off the last line
         for indices, methods in mine:
             for method in methods:
                 bar.set_description(method.text)
@@ -251,21 +236,6 @@ def _generate(run: Run, pipe: Any, mine: list[tuple[list[int], list[Method]]], s
                     rates.setdefault(method.text, []).append(timing.seconds)
                     bar.set_postfix_str(f"{statistics.median(rates[method.text]):.2f} s for each")
                     bar.update(len(timing.indices))
-
-
-def timings(run_folder: Path) -> list[Timing]:
-    """Every call that the processes of a run have written down; a line that a kill has cut off is left out."""
-    found = []
-    for file in sorted(run_folder.glob("timings-*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line or "null")
-            except ValueError:
-                continue
-            if values is None:
-                continue
-            found.append(Timing(**values | {"indices": tuple(values["indices"])}))
-    return found
 
 
 @contextmanager

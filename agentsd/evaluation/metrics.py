@@ -4,7 +4,7 @@ The values come from torch-fidelity and torchmetrics; what is here is the resamp
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class Estimate:
     """
 
     value: float
-    resampled: Array
+    resampled: Array = field(default_factory=lambda: np.empty(0))
 
     def interval(self) -> tuple[float, float] | None:
         """Where the value would lie with other images of the same kind and number, in 95 of 100 cases.
@@ -41,6 +41,9 @@ class Estimate:
     def minus(self, other: "Estimate") -> "Estimate":
         """The difference to another one, whose resamples are the same images'."""
         return Estimate(self.value - other.value, self.resampled - other.resampled)
+
+    def times(self, factor: float) -> "Estimate":
+        return Estimate(factor * self.value, factor * self.resampled)
 
 
 def resamples(images: int, count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -124,10 +127,10 @@ class Kernel:
             features.double(), self.reference.double(), kid_subsets=self.subsets, kid_subset_size=size, verbose=False
         )
         x, r = features.double().numpy(), self.reference.double().numpy()
-        own, cross, n = kernel_poly(x, x), kernel_poly(x, r).mean(1), len(x)
+        inner, cross, n = kernel_poly(x, x), kernel_poly(x, r).mean(1), len(x)
         counts = self.counts.astype(np.float64)
         # An image that is drawn twice is no pair with itself; what depends on the reference alone is the same for all.
-        pairs = ((counts @ own) * counts).sum(1) - counts**2 @ own.diagonal()
+        pairs = ((counts @ inner) * counts).sum(1) - counts**2 @ inner.diagonal()
         resampled = pairs / np.maximum(n**2 - (counts**2).sum(1), 1) - 2 * counts @ cross / n
         return Estimate(float(found["kernel_inception_distance_mean"]), resampled)
 
@@ -153,18 +156,18 @@ def mean(values: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate
     return share(values, np.ones(len(values)), counts)
 
 
-def share(parts: Sequence[float] | Array, wholes: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+def share(parts: Sequence[float] | Array, totals: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
     """The sum of one number for each image over the sum of another: what is right of what was asked."""
-    part, whole = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
-    return Estimate(float(part.sum() / whole.sum()), (counts @ part) / (counts @ whole))
+    part, total = np.asarray(parts, np.float64), np.asarray(totals, np.float64)
+    return Estimate(float(part.sum() / total.sum()), (counts @ part) / (counts @ total))
 
 
 def median(values: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
     """The median of a number for each image."""
     numbers = np.asarray(values, np.float64)
     resampled = [float(np.median(np.repeat(numbers, row))) for row in counts]
-    finite = np.array(resampled) if np.isfinite(resampled).all() else np.empty(0)
-    return Estimate(float(np.median(numbers)), finite)
+    value = float(np.median(numbers))
+    return Estimate(value, np.array(resampled)) if np.isfinite(resampled).all() else Estimate(value)
 
 
 def pair_distances(name: str, images: Tensor, stock: Tensor) -> Tensor:

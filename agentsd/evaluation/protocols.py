@@ -13,13 +13,15 @@ from typing import Any
 
 import yaml
 
+from agentsd import checks
+
 PROMPT_SOURCES = ("scenes", "imagenet", "captions")
 REFERENCE_SOURCES = ("none", "scenes", "images")
 NETWORKS = ("inception", "pytorch-fid", "dinov2", "checker")
 PAIRS = ("psnr", "ssim", "ms-ssim", "lpips", "checker")
 ADHERENCE = ("clip", "attributes")
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
-FILES = (".yaml", ".yml")
+SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Prompts:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        _choice("prompts.source", self.source, PROMPT_SOURCES)
-        _whole("prompts.number", self.number, 1)
+        checks.choice("prompts.source", self.source, PROMPT_SOURCES)
+        checks.whole("prompts.number", self.number, 1)
         if not isinstance(self.template, str) or self.template.count("{}") != 1:
-            raise ValueError(f"prompts.template is {self.template!r}; it must be text with {{}} in it once")
-        _whole("prompts.seed", self.seed, 0)
+            checks.refuse("prompts.template", self.template, "text with {} in it once")
+        checks.whole("prompts.seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,13 @@ class Reference:
     seed: int = 2
 
     def __post_init__(self) -> None:
-        _choice("reference.source", self.source, REFERENCE_SOURCES)
+        checks.choice("reference.source", self.source, REFERENCE_SOURCES)
         for name in ("number", "per_class", "size"):
-            if getattr(self, name) is not None:
-                _whole(f"reference.{name}", getattr(self, name), 1)
+            checks.whole(f"reference.{name}", getattr(self, name), 1, optional=True)
         if self.source == "scenes" and self.number is None:
             raise ValueError("reference.number is missing; rendered scenes need a number")
-        _flag("reference.convert", self.convert)
-        _whole("reference.seed", self.seed, 0)
+        checks.flag("reference.convert", self.convert)
+        checks.whole("reference.seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,14 @@ class Scores:
 
     def __post_init__(self) -> None:
         for name, allowed in (("features", NETWORKS), ("pairs", PAIRS), ("adherence", ADHERENCE)):
-            object.__setattr__(self, name, _list(f"scores.{name}", getattr(self, name)))
-            for value in getattr(self, name):
-                _choice(f"scores.{name}", value, allowed)
+            object.__setattr__(self, name, checks.names(f"scores.{name}", getattr(self, name), allowed))
         for name in ("clip", "dinov2"):
-            _text(f"scores.{name}", getattr(self, name))
-        _choice("scores.lpips", self.lpips, LPIPS_NETWORKS)
+            checks.text(f"scores.{name}", getattr(self, name))
+        checks.choice("scores.lpips", self.lpips, LPIPS_NETWORKS)
         for name in ("kid_subsets", "neighbours", "splits", "bootstrap"):
-            _whole(f"scores.{name}", getattr(self, name), 1)
-        _whole("scores.kid_subset_size", self.kid_subset_size, 2)
-        _flag("scores.allow_singular", self.allow_singular)
+            checks.whole(f"scores.{name}", getattr(self, name), 1)
+        checks.whole("scores.kid_subset_size", self.kid_subset_size, 2)
+        checks.flag("scores.allow_singular", self.allow_singular)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Protocol:
         name: the file's name without .yaml.
         description: what it is for.
         prompts: what to draw.
-        methods: as `agentsd-bench` names them, `name:key=value,key=value`; `stock` comes first.
+        methods: as `agentsd.methods` reads them, `name:key=value,key=value`; `stock` comes first.
         model: what `agentsd.pipelines.load` takes; None: named on the command line.
         seed: image i starts from seed + i.
         sampler: one of `agentsd.pipelines.SCHEDULERS`; None is the model's own.
@@ -167,24 +166,18 @@ class Protocol:
     def __post_init__(self) -> None:
         from agentsd.pipelines import DTYPES, SCHEDULERS
 
-        object.__setattr__(self, "methods", _list("methods", self.methods))
-        if not self.methods or self.methods[0] != "stock":
+        object.__setattr__(self, "methods", checks.names("methods", self.methods))
+        if self.methods[:1] != ("stock",):
             raise ValueError(f"methods is {list(self.methods)}; its first must be stock, which the others compare with")
-        if self.sampler is not None:
-            _choice("sampler", self.sampler, tuple(SCHEDULERS))
-        if self.dtype is not None:
-            _choice("dtype", self.dtype, tuple(DTYPES))
-        _text("description", self.description)
-        if self.model is not None:
-            _text("model", self.model)
+        checks.text("description", self.description)
+        checks.text("model", self.model, optional=True)
+        checks.choice("sampler", self.sampler, SCHEDULERS, optional=True)
+        checks.choice("dtype", self.dtype, DTYPES, optional=True)
         for name in ("width", "height"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 8)
-        _whole("seed", self.seed, 0)
-        for name in ("steps", "batch"):
-            _whole(name, getattr(self, name), 1)
-        if isinstance(self.guidance, bool) or not isinstance(self.guidance, int | float) or self.guidance < 0:
-            raise ValueError(f"guidance is {self.guidance!r}; it must be a number of at least 0")
+            checks.whole(name, getattr(self, name), 8, optional=True)
+        for name, least in (("seed", 0), ("steps", 1), ("batch", 1)):
+            checks.whole(name, getattr(self, name), least)
+        checks.number("guidance", self.guidance, 0)
         if self.reference.source == "none" and self.scores.features:
             raise ValueError(
                 f"scores.features is {list(self.scores.features)}; without a reference there is nothing to compare with"
@@ -234,23 +227,27 @@ def load(name: str | Path) -> Protocol:
 def from_dict(values: Mapping[str, Any]) -> Protocol:
     """The inverse of `Protocol.to_dict`."""
     values = dict(values)
-    _known("a protocol", values, Protocol)
+    checks.known_fields("a protocol", values, Protocol)
+    _complete(values, Protocol)
     for key, kind in (("prompts", Prompts), ("reference", Reference), ("scores", Scores)):
-        if key in values:
-            if not isinstance(values[key], Mapping):
-                raise ValueError(f"{key} is {values[key]!r}; it must be a mapping")
-            _known(key, values[key], kind)
-            missing = [name for name in ("source", "number") if kind is Prompts and name not in values[key]]
-            if missing:
-                raise ValueError(f"{key}.{missing[0]} is missing")
-            values[key] = kind(**values[key])
-    if missing := [key for key in ("name", "description", "prompts", "methods") if key not in values]:
-        raise ValueError(f"{missing[0]} is missing")
+        part = values.get(key, {})
+        if not isinstance(part, Mapping):
+            checks.refuse(key, part, "a mapping")
+        checks.known_fields(key, part, kind)
+        _complete(part, kind, f"{key}.")
+        values[key] = kind(**part)
     return Protocol(**values)
 
 
+def _complete(values: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
+    for item in dataclasses.fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values:
+            raise ValueError(f"{prefix}{item.name} is missing")
+
+
 def _path(name: str | Path) -> Path:
-    if Path(name).suffix in FILES:
+    if Path(name).suffix in SUFFIXES:
         return Path(name)
     if str(name) not in names():
         raise ValueError(f"protocol is {str(name)!r}; it must be one of {', '.join(names())}, or a .yaml file")
@@ -268,7 +265,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return values
     try:
-        below = path.parent / base if Path(base).suffix in FILES else _path(base)
+        below = path.parent / base if Path(base).suffix in SUFFIXES else _path(base)
     except ValueError as error:
         raise ValueError(f"{path}: base: {error}") from None
     if below.resolve() in [file.resolve() for file in (path, *seen)]:
@@ -277,7 +274,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for key, value in values.items():
         old = inherited.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            # Fields of another source mean nothing to this one.
+            # The fields of one source have no effect on another.
             value = old | value if value.get("source") in (None, old.get("source")) else value
         inherited[key] = value
     return inherited
@@ -318,12 +315,10 @@ def read_captions(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            first: dict[int, tuple[int, str]] = {}
-            for row in json.loads(text)["annotations"]:
-                first[row["image_id"]] = min(
-                    first.get(row["image_id"], (row["id"], row["caption"])), (row["id"], row["caption"])
-                )
-            captions = [" ".join(caption.split()) for _, (_, caption) in sorted(first.items())]
+            first: dict[int, str] = {}
+            for row in sorted(json.loads(text)["annotations"], key=lambda row: (row["image_id"], row["id"])):
+                first.setdefault(row["image_id"], " ".join(row["caption"].split()))
+            captions = list(first.values())
         elif path.suffix == ".tsv":
             captions = [row["Prompt"].strip() for row in csv.DictReader(text.splitlines(), delimiter="\t")]
         else:
@@ -336,41 +331,9 @@ def read_captions(path: Path) -> list[str]:
     return captions
 
 
-def reference_scenes(protocol: Protocol) -> list[Any]:
+def reference_scenes(reference: Reference) -> list[Any]:
     """The scenes that are rendered for reference: as the prompts', but others."""
     from agentsd.demo import scenes
 
-    rng = random.Random(f"reference/{protocol.reference.seed}")
-    return [scenes.sample(rng, held_out=True) for _ in range(protocol.reference.number or 0)]
-
-
-def _known(what: str, values: Mapping[str, Any], kind: type) -> None:
-    allowed = [item.name for item in dataclasses.fields(kind)]
-    if unknown := [key for key in values if key not in allowed]:
-        raise ValueError(f"{what} has no key {unknown[0]!r}; its keys are {', '.join(allowed)}")
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-
-
-def _list(name: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{name} is {value!r}; it must be a list of names")
-    return tuple(dict.fromkeys(value))
-
-
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; it must be text")
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least}")
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be true or false")
+    rng = random.Random(f"reference/{reference.seed}")
+    return [scenes.sample(rng, held_out=True) for _ in range(reference.number or 0)]

@@ -1,0 +1,280 @@
+"""An evaluation from its protocol to its result: images, scores, and where the numbers come from."""
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentsd import pipelines
+from agentsd.evaluation import protocols
+from agentsd.evaluation.generation import Run, generate
+from agentsd.evaluation.pictures import list_pictures
+from agentsd.evaluation.protocols import Protocol, Reference
+from agentsd.evaluation.scorer import Scorer
+from agentsd.evaluation.scoring import score
+from agentsd.evaluation.timing import speeds, timings
+from agentsd.methods import Method, missing
+from agentsd.results import read_json, version
+
+FEW = 50  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What loads a model: a name that `pipelines.load` takes and its options."""
+
+    name: str
+    config: str | None = None
+    allow_pickle: bool = False
+
+    def path(self) -> Path:
+        """Where the model is, after its download where that is needed."""
+        options = {"allow_pickle": self.allow_pickle}
+        return pipelines.find(self.name, **options) or pipelines.download(self.name, **options)
+
+    def load(self, path: Path, run: Run) -> Any:
+        """The pipeline as a protocol wants it."""
+        protocol = run.protocol
+        pipe = pipelines.load(
+            path, dtype=run.dtype, device=run.device, allow_pickle=self.allow_pickle, config=self.config
+        )
+        multiple = pipelines.size_multiple(pipe)
+        for name in ("width", "height"):
+            value = getattr(protocol, name)
+            if value is not None and value % multiple:
+                raise ValueError(f"{name} is {value}; it must be a multiple of {multiple} for this model")
+        if protocol.sampler:
+            pipelines.set_scheduler(pipe, protocol.sampler)
+        return pipe
+
+
+def available(methods: Sequence[Method], *, required: bool) -> tuple[tuple[Method, ...], list[str]]:
+    """The methods that are installed, and a note for each that is not.
+
+    Raises:
+        ValueError: one is not installed and all are `required`.
+    """
+    absent = missing(methods)
+    if absent and required:
+        text, package = next(iter(absent.items()))
+        raise ValueError(f"method {text!r} needs the package {package}: pip install 'agentsd[bench]'")
+    notes = [f"{text} is left out: the package {package} is not installed" for text, package in absent.items()]
+    return tuple(m for m in methods if m.text not in absent), notes
+
+
+def make(
+    protocol: Protocol,
+    methods: Sequence[Method],
+    source: Source,
+    output: Path,
+    state: Any,
+    *,
+    limit: int | None = None,
+    captions: Path | None = None,
+    device: str | None = None,
+    threads: int = 1,
+    command: Sequence[str] = (),
+    quiet: bool = False,
+) -> Run:
+    """Make the images of a protocol that are not finished; every process of `state` calls this.
+
+    Args:
+        protocol: what to make.
+        methods: of the protocol, those to make here.
+        source: the model.
+        output: folder of the run.
+        state: `accelerate.PartialState`.
+        limit: only the first images of each method.
+        captions: the file of a protocol that draws captions.
+        device: None is the best there is.
+        threads: on a CPU, of each process.
+        command: what was typed, for the record.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: an option is not one of this protocol or model, or the folder holds another run.
+        OSError: a file cannot be read or written; what is finished stays.
+    """
+    prompts = tuple(protocols.prompts(protocol, captions))
+    place = pipelines.find_device(device) if state.num_processes == 1 else state.device
+    dtype = pipelines.find_dtype(protocol.dtype, place)
+    if protocol.sampler:
+        pipelines.check_scheduler(protocol.sampler)
+    with state.main_process_first():
+        path = source.path()
+        output.mkdir(parents=True, exist_ok=True)
+    run = Run(
+        protocol=protocol,
+        methods=tuple(methods),
+        prompts=prompts,
+        limit=min(limit or len(prompts), len(prompts)),
+        model=(source.name, pipelines.fingerprint(path)),
+        output=output,
+        device=place,
+        dtype=dtype,
+        threads=threads,
+    )
+    generate(run, lambda: source.load(path, run), state, command, quiet)
+    return run
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], Protocol]:
+    """run.json and the protocol in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder} holds no run: there is no run.json in it")
+    run = read_json(folder / "run.json")
+    return run, protocols.from_dict(run["protocol"])
+
+
+def score_run(
+    folder: Path,
+    scorer: Scorer,
+    *,
+    methods: Sequence[str] | None = None,
+    limit: int | None = None,
+    reference: Path | None = None,
+    notes: Sequence[str] = (),
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Score the images of a run.
+
+    Args:
+        folder: of the run.
+        scorer: measures.
+        methods: None is all that were made.
+        limit: only the first images of each; None is as many as were made.
+        reference: folder or statistics of real images.
+        notes: sentences for the report.
+        command: what was typed, for the record.
+
+    Returns:
+        The result, as `report.write` takes it.
+    """
+    run, protocol = read_run(folder)
+    protocol = protocol.replace(scores=scorer.scores)
+    limit = limit or int(run["limit"])
+    sets = {}
+    for text in methods or run["methods"]:
+        images = folder / "images" / Method(text, {}).folder
+        sets[text] = [images / f"{index:05d}.png" for index in range(limit)]
+        if absent := [path for path in sets[text] if not path.is_file()]:
+            raise ValueError(f"{absent[0]} is not there yet; generate makes it, --limit takes fewer images")
+    stock = next(iter(sets))
+    prompts = run["prompts"][:limit]
+    used = prompts if scorer.scores.adherence else None
+    result = score(sets, scorer, prompts=used, reference=protocol.reference, where=reference)
+    times = speeds(timings(folder), list(sets), stock)
+    for row in result["methods"]:
+        row["settings"] = run["methods"][row["method"]]
+        row["settings_sha256"] = Method(row["method"], row["settings"]).sha256
+        if row["method"] in times:
+            row["time"] = times[row["method"]]
+        for shown in row["pictures"]:
+            shown["prompt"] = prompts[shown["index"]]
+    _name_pictures(result, sets, folder)
+    return result | {
+        "title": f"Evaluation: {protocol.name}, {limit} images for each method",
+        "description": protocol.description,
+        "protocol": protocol.to_dict(),
+        "notes": [*notes, *_notes(run["sessions"], limit, scorer)],
+        "provenance": {
+            "protocol": f"{protocol.name}, SHA-256 {protocol.sha256}",
+            "model": run["model"],
+            "images": run["identity"],
+            "reference": str(reference) if reference else protocol.reference.source,
+            "scored with": _scored_with(scorer, command),
+            "sessions": run["sessions"],
+        },
+    }
+
+
+def picture_sets(folders: dict[str, Path], limit: int | None = None) -> dict[str, list[Path]]:
+    """The first pictures of each folder.
+
+    Raises:
+        ValueError: a folder holds none, or fewer than `limit`.
+    """
+    sets = {}
+    for name, folder in folders.items():
+        found = list_pictures(folder)
+        if limit and len(found) < limit:
+            raise ValueError(f"{folder} holds {len(found)} pictures, fewer than --limit {limit}")
+        sets[name] = found[:limit]
+    return sets
+
+
+def score_folders(
+    sets: dict[str, list[Path]],
+    scorer: Scorer,
+    output: Path,
+    *,
+    reference: Path | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Score sets of pictures; the first is stock, whose pictures the others' are compared with in their order.
+
+    Args:
+        sets: name → pictures.
+        scorer: measures.
+        output: folder of the report, which is made.
+        reference: folder or statistics of real images.
+        command: what was typed, for the record.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    result = score(sets, scorer, reference=Reference("images"), where=reference)
+    _name_pictures(result, sets, output)
+    stock, number = next(iter(sets)), result["methods"][0]["images"]
+    return result | {
+        "title": f"Evaluation of {', '.join(sets)}, {number} images each",
+        "description": f"Folders of images; {stock} is what the others are compared with.",
+        "protocol": None,
+        "notes": _notes([], number, scorer),
+        "provenance": {
+            "folders": {name: str(paths[0].parent) for name, paths in sets.items()},
+            "reference": str(reference) if reference else None,
+            "scored with": _scored_with(scorer, command),
+        },
+    }
+
+
+def _name_pictures(result: dict[str, Any], sets: dict[str, list[Path]], folder: Path) -> None:
+    """Write down the paths of the pictures that are shown, from `folder`."""
+    stock = next(iter(sets))
+    for row in result["methods"]:
+        for shown in row["pictures"]:
+            for key, name in (("file", row["method"]), ("stock_file", stock)):
+                shown[key] = os.path.relpath(sets[name][shown["index"]], folder)
+
+
+def _notes(sessions: list[dict[str, Any]], images: int, scorer: Scorer) -> list[str]:
+    notes = [
+        f"{images} images are fewer than the {network.size} features of {network.name}: the covariance is singular, "
+        "and the distance compares only with others of as many images"
+        for network in scorer.networks
+        if images <= network.size
+    ]
+    if images < FEW:
+        notes.append(f"{images} images are too few to trust the intervals")
+    for key in ("commit", "device"):
+        found = {str(session.get(key)) for session in sessions}
+        if len(found) > 1:
+            notes.append(f"the images were made in sessions with more than one {key}: {', '.join(sorted(found))}")
+    if len({session["processes"] for session in sessions}) > 1:
+        notes.append("the sessions had different numbers of processes: the times are a mixture")
+    return notes
+
+
+def _scored_with(scorer: Scorer, command: Sequence[str]) -> dict[str, Any]:
+    packages = ("torch", "torch-fidelity", "torchmetrics", "transformers")
+    return {
+        **{package: version(package) for package in packages},
+        **{f"{network.name} weights SHA-256": network.sha256 for network in scorer.networks},
+        "device": str(scorer.device),
+        "command": shlex.join(command),
+    }

@@ -1,0 +1,216 @@
+"""What is measured of pictures: features of networks, closeness to stock, and what the prompt asks for."""
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agentsd.evaluation import metrics, networks
+from agentsd.evaluation.metrics import Statistics
+from agentsd.evaluation.networks import Network, Weights, needs
+from agentsd.evaluation.pictures import content_hash, list_pictures, read_batches
+from agentsd.evaluation.protocols import Reference, Scores, reference_scenes
+from agentsd.results import write_bytes
+
+MS_SSIM_SIDE = 176  # five halvings and a window of 11
+
+
+@dataclass(frozen=True)
+class Features:
+    """n×d features of n pictures, and n×classes logits where the network has them."""
+
+    values: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the attribute checker reads of one kind: how much of each picture is right, of how much asked for."""
+
+    right: list[float]
+    asked: list[float]
+
+
+class Scorer:
+    """Measures what the scores of a protocol need; every network is loaded once, at the start.
+
+    Args:
+        scores: what to measure.
+        weights: where the networks' weights are.
+        device: where they compute.
+        cache: folder for features, by the hash of what they are of.
+        batch: pictures at once.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: a library or weights are not there.
+    """
+
+    def __init__(
+        self, scores: Scores, weights: Weights, device: torch.device, cache: Path, batch: int = 32, quiet: bool = False
+    ) -> None:
+        self.scores, self.weights, self.device = scores, weights, device
+        self.cache, self.batch, self.quiet = cache, batch, quiet
+        if scores.features:
+            with needs("torch_fidelity", "eval"):
+                import torch_fidelity  # noqa: F401
+        if scores.pairs:
+            with needs("torchmetrics", "eval"):
+                import torchmetrics  # noqa: F401
+        self.networks = [networks.load_network(name, weights, scores.dinov2, device) for name in scores.features]
+        self.clip = networks.load_clip(weights.clip or scores.clip, device) if "clip" in scores.adherence else None
+        self.distances = {name: self._distance(name) for name in scores.pairs}
+        self.checker = None
+        if "attributes" in scores.adherence:
+            from agentsd.demo.checker import AttributeChecker
+
+            self.checker = AttributeChecker.load(weights.checker).to(device)
+
+    def _distance(self, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+        if name == "lpips":
+            return networks.load_lpips(self.scores.lpips, self.weights.lpips, self.device)
+        if name == "checker":
+            return networks.load_checker_distance(self.weights.checker, self.device)
+        return partial(metrics.pair_distances, name)
+
+    def check_number(self, images: int) -> None:
+        """Raise ValueError if there are fewer images than features and nobody has allowed it."""
+        for network in self.networks:
+            if images <= network.size and not self.scores.allow_singular:
+                raise ValueError(
+                    f"{images} images are too few for a Fréchet distance in {network.size} features of {network.name}: "
+                    "the covariance is singular; take more, or allow_singular (--allow-singular)"
+                )
+
+    def _bar(self, batches: Iterable[Tensor], title: str) -> Iterable[Tensor]:
+        with tqdm(unit="image", desc=title, disable=self.quiet) as bar:
+            for images in batches:
+                yield images
+                bar.update(len(images))
+
+    @torch.inference_mode()
+    def _features(self, network: Network, key: str, batches: Iterable[Tensor], title: str) -> Features:
+        """Read features from the cache, or extract them and keep them there."""
+        file = self.cache / f"{key}.npz"
+        try:
+            with np.load(file) as kept:
+                arrays = [torch.from_numpy(kept[name]) if name in kept else None for name in ("features", "logits")]
+            if arrays[0] is not None:
+                return Features(arrays[0], arrays[1])
+        except (OSError, ValueError, EOFError, BadZipFile):
+            pass
+        parts = [network.extract(images) for images in self._bar(batches, f"{title}: {network.name}")]
+        features = torch.cat([values.cpu() for values, _ in parts])
+        logits = [logits.cpu() for _, logits in parts if logits is not None]
+        found = Features(features, torch.cat(logits) if logits else None)
+        stream = io.BytesIO()
+        saved = {"features": features} | ({"logits": found.logits} if found.logits is not None else {})
+        np.savez(stream, allow_pickle=False, **{name: tensor.numpy() for name, tensor in saved.items()})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, stream.getvalue())
+        return found
+
+    def features(self, network: Network, paths: Sequence[Path], title: str) -> Features:
+        return self._features(network, content_hash(paths, network.tag), read_batches(paths, self.batch), title)
+
+    def reference(self, network: Network, reference: Reference, where: Path | None) -> Statistics:
+        """The reference in the features of a network.
+
+        Raises:
+            ValueError: there is none where it should be, or it is another network's.
+        """
+        batches: Iterable[Tensor]
+        if reference.source == "scenes":
+            scenes = reference_scenes(reference)
+            key = content_hash([], network.tag, repr(scenes), str(reference.seed))
+            batches = _rendered(scenes, reference.seed)
+        elif where is None:
+            raise ValueError(
+                "the reference is missing: --reference names a folder of pictures or an .npz of statistics"
+            )
+        elif where.suffix == ".npz":
+            return read_statistics(where, network)
+        else:
+            paths = list_pictures(where, reference.per_class, reference.number)
+            key = content_hash(paths, f"{network.tag} {reference.size} {reference.convert}")
+            batches = read_batches(paths, self.batch, reference.size, reference.convert)
+        return Statistics.of(self._features(network, key, batches, "reference").values)
+
+    @torch.inference_mode()
+    def pairs(self, paths: Sequence[Path], stock: Sequence[Path], title: str) -> dict[str, list[float]]:
+        """The distances of each picture to its stock picture."""
+        found: dict[str, list[float]] = {}
+        if not self.distances:
+            return found
+        both = zip(self._bar(read_batches(paths, self.batch), title), read_batches(stock, self.batch), strict=True)
+        for number, (images, others) in enumerate(both):
+            if images.shape != others.shape:
+                raise ValueError(
+                    f"{paths[number * self.batch]} has {images.shape[3]}×{images.shape[2]} pixels, its stock image "
+                    f"{others.shape[3]}×{others.shape[2]}; pairs must have the same size"
+                )
+            for name, distance in self.distances.items():
+                if name != "ms-ssim" or min(images.shape[2:]) >= MS_SSIM_SIDE:
+                    found.setdefault(name, []).extend(distance(images, others).tolist())
+        return found
+
+    @torch.inference_mode()
+    def clip_scores(self, paths: Sequence[Path], prompts: Sequence[str], title: str) -> list[float]:
+        assert self.clip is not None
+        found: list[float] = []
+        for images in self._bar(read_batches(paths, self.batch), f"{title}: CLIP"):
+            found += self.clip(images, list(prompts[len(found) : len(found) + len(images)])).tolist()
+        return found
+
+    @torch.inference_mode()
+    def attributes(self, paths: Sequence[Path], prompts: Sequence[str], title: str) -> dict[str, Reading]:
+        """What the attribute checker reads, by attribute."""
+        from agentsd.demo.checker import score
+        from agentsd.demo.scenes import parse
+
+        assert self.checker is not None
+        seen = []
+        for images in self._bar(read_batches(paths, self.batch), f"{title}: attributes"):
+            seen += self.checker.read(images.to(self.device).float() / 255)
+        found: dict[str, Reading] = {}
+        for prompt, scene in zip(prompts, seen, strict=True):
+            for name, rights in score(parse(prompt), scene).items():
+                reading = found.setdefault(name, Reading([], []))
+                reading.right.append(sum(rights))
+                reading.asked.append(len(rights))
+        return found
+
+
+def _rendered(scenes: Sequence[object], seed: int, batch: int = 32) -> Iterable[Tensor]:
+    from agentsd.demo.scenes import render
+
+    for start in range(0, len(scenes), batch):
+        images, _ = render(scenes[start : start + batch], seed=(seed << 20) + start)
+        yield (images * 255).round().to(torch.uint8)
+
+
+def read_statistics(path: Path, network: Network) -> Statistics:
+    """Mean and covariance from an .npz file as pytorch-fid writes it.
+
+    Raises:
+        ValueError: it is none, or of another network.
+    """
+    try:
+        with np.load(path) as file:
+            mean, covariance = np.array(file["mu"], np.float64), np.array(file["sigma"], np.float64)
+    except (ValueError, KeyError, EOFError, BadZipFile, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise
+        raise ValueError(
+            f"{path} does not hold statistics: it must have mu and sigma, as pytorch-fid writes them"
+        ) from None
+    if mean.shape != (network.size,) or covariance.shape != (network.size, network.size):
+        raise ValueError(f"{path} is of {mean.size} features; {network.name} has {network.size}: another network's")
+    return Statistics(mean, covariance)
