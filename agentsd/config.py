@@ -144,7 +144,7 @@ class Phase:
         if not isinstance(self.attention, Agent | Merge | KV | None):
             raise ValueError(f"attention is {self.attention!r}; it must be an Agent, a Merge, a KV or None")
         given: Any = self.levels
-        levels = (given,) if isinstance(given, int) else tuple(given)
+        levels = tuple(given) if isinstance(given, list | tuple) else (given,)
         object.__setattr__(self, "levels", levels)
         if not levels or any(type(level) is not int for level in levels) or len(set(levels)) != len(levels):
             raise ValueError(f"levels is {list(levels)}; it must be a list of integers, each at most once")
@@ -162,15 +162,10 @@ class Phase:
         """The inverse of `to_dict`; fields left out keep their defaults."""
         rest = dict(values)
         name = rest.pop("attention", "agent")
-        if name is not None:
-            checks.choice("attention", name, tuple(ATTENTIONS))
+        checks.choice("attention", name, ATTENTIONS, optional=True)
         general = {key: rest.pop(key) for key in ("until", "levels", "min_tokens") if key in rest}
-        if name is None:
-            checks.known_fields("a phase with attention null", rest, Phase)
-            return cls(attention=None, **general)
-        kind = ATTENTIONS[name]
-        checks.known_fields(f"a phase with attention {name}", rest, (*_fields(Phase), *_fields(kind)))
-        return cls(attention=kind(**rest), **general)
+        checks.known_fields(f"a phase with attention {name or 'null'}", rest, _fields(name))
+        return cls(attention=ATTENTIONS[name](**rest) if name else None, **general)
 
 
 @dataclass(frozen=True)
@@ -200,9 +195,17 @@ class StepCache:
         checks.number("max_gap", self.max_gap, 0, 1, optional=True)
         checks.number("extrapolate", self.extrapolate, 0, 2)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StepCache":
+        """The inverse of `dataclasses.asdict`."""
+        checks.known_fields("an entry of steps", values, cls)
+        return cls(**values)
 
-def _fields(kind: type) -> tuple[str, ...]:
-    return tuple(item.name for item in fields(kind))
+
+def _fields(attention: str | None) -> list[str]:
+    """Fields of a phase with an attention of that name."""
+    kinds = [Phase, ATTENTIONS[attention]] if attention else [Phase]
+    return [item.name for kind in kinds for item in fields(kind)]
 
 
 PAPER = (Phase(until=0.4, attention=Agent()), Phase(until=1.0, attention=Merge()))
@@ -227,20 +230,19 @@ class AgentSDConfig:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "phases", tuple(self.phases))
-        given: Any = self.steps
-        steps: tuple[Any, ...] = (given,) if isinstance(given, StepCache) else tuple(given or ())
-        object.__setattr__(self, "steps", steps)
-        for name, entries, kind in (("phases", self.phases, Phase), ("steps", steps, StepCache)):
+        for name, kind in (("phases", Phase), ("steps", StepCache)):
+            given: Any = getattr(self, name)
+            entries = tuple(given or ()) if isinstance(given, list | tuple | None) else (given,)
             if not all(isinstance(entry, kind) for entry in entries):
-                raise ValueError(f"{name} is {entries!r}; it must be a list of {kind.__name__}")
+                raise ValueError(f"{name} is {given!r}; it must be a list of {kind.__name__}")
+            object.__setattr__(self, name, entries)
         if not self.phases:
             raise ValueError("phases is empty; it must have at least one Phase")
         for level in sorted({level for phase in self.phases for level in phase.levels}):
             ends = [phase.until for phase in self.phases if level in phase.levels]
             if sorted(set(ends)) != ends:
                 raise ValueError(f"phases of level {level} end at {ends}; until must rise from phase to phase")
-        ends = [entry.until for entry in steps]
+        ends = [entry.until for entry in self.steps]
         if sorted(set(ends)) != ends or ends[-1:] not in ([], [1]):
             raise ValueError(f"steps end at {ends}; until must rise from entry to entry and be 1 in the last")
         checks.whole("seed", self.seed, 0, 2**64 - 1, optional=True)
@@ -261,8 +263,8 @@ class AgentSDConfig:
 
     def replace(self, **overrides: Any) -> "AgentSDConfig":
         """A copy with fields of the configuration, or of every phase that has them, replaced."""
-        mine = {key: value for key, value in overrides.items() if key in _fields(AgentSDConfig)}
-        return replace(self, **mine).assign({key: value for key, value in overrides.items() if key not in mine})
+        mine = {key: overrides.pop(key) for key in ("phases", "steps", "seed") if key in overrides}
+        return replace(self, **mine).assign(overrides)
 
     def assign(self, values: Mapping[str, Any]) -> "AgentSDConfig":
         """A copy with fields replaced.
@@ -286,14 +288,10 @@ class AgentSDConfig:
                     entry[path[-1]] = value
             else:
                 for phase in _chosen(key, plain["phases"], path[:-1]) if path[1:] else _having(key, value, plain):
-                    if path[-1] == "attention" and value in ATTENTIONS:
-                        known = (*_fields(Phase), *_fields(ATTENTIONS[value]))
-                        for other in [name for name in phase if name not in known]:
-                            del phase[other]
-                    elif path[-1] == "attention" and value is None:
-                        for other in [name for name in phase if name not in _fields(Phase)]:
-                            del phase[other]
                     phase[path[-1]] = value
+                    if path[-1] == "attention" and value in (*ATTENTIONS, None):
+                        for other in phase.keys() - set(_fields(value)):
+                            del phase[other]
         return self.from_dict(plain)
 
     def to_dict(self) -> dict[str, Any]:
@@ -310,23 +308,15 @@ class AgentSDConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"the configuration is {values!r}; it must be a mapping of field names to values")
         checks.known_fields("the configuration", values, cls)
-        values = dict(values)
-        if isinstance(values.get("steps"), Mapping):
+        values = {"phases": PAPER, "steps": (), **values}
+        if isinstance(values["steps"], Mapping):
             values["steps"] = [values["steps"]]
-        for name in ("phases", "steps"):
-            entries = values.get(name) or ()
-            if not isinstance(entries, list | tuple) or not all(
-                isinstance(e, Mapping | Phase | StepCache) for e in entries
-            ):
+        for name, kind in (("phases", Phase), ("steps", StepCache)):
+            entries = values[name] or ()
+            if not isinstance(entries, list | tuple) or not all(isinstance(e, Mapping | kind) for e in entries):
                 raise ValueError(f"{name} is {entries!r}; it must be a list of mappings")
-        if "phases" in values:
-            values["phases"] = tuple(Phase.from_dict(p) if isinstance(p, Mapping) else p for p in values["phases"])
-        steps = []
-        for entry in values.pop("steps", None) or ():
-            if isinstance(entry, Mapping):
-                checks.known_fields("an entry of steps", entry, StepCache)
-            steps.append(StepCache(**entry) if isinstance(entry, Mapping) else entry)
-        return cls(steps=tuple(steps), **values)
+            values[name] = [kind.from_dict(e) if isinstance(e, Mapping) else e for e in entries]
+        return cls(**values)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "AgentSDConfig":
@@ -356,8 +346,8 @@ class AgentSDConfig:
     @classmethod
     def presets(cls) -> tuple[str, ...]:
         """Names of the presets that come with the package."""
-        folder = files("agentsd") / "configs"
-        return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+        names = [file.name for file in (files("agentsd") / "configs").iterdir()]
+        return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
 
     @classmethod
     def from_preset(cls, name: str) -> "AgentSDConfig":
@@ -382,13 +372,13 @@ def _chosen(key: str, entries: list[dict[str, Any]], number: list[str]) -> list[
 def _having(key: str, value: object, plain: dict[str, Any]) -> list[dict[str, Any]]:
     """The phases that have a field."""
     chosen = [phase for phase in plain["phases"] if key in phase]
-    owners = [name for name, kind in ATTENTIONS.items() if key in _fields(kind)]
+    owners = [name for name in ATTENTIONS if key in _fields(name)]
     if not chosen and owners:
         found = ", ".join(dict.fromkeys(str(phase["attention"]).lower() for phase in plain["phases"]))
         raise ValueError(
             f"{key}={value!r} has no effect: it is for attention {' or '.join(owners)}, the phases have {found}"
         )
     if not chosen:
-        known = dict.fromkeys(name for kind in (AgentSDConfig, Phase, *ATTENTIONS.values()) for name in _fields(kind))
+        known = [*plain, *dict.fromkeys(name for attention in ATTENTIONS for name in _fields(attention))]
         raise ValueError(f"the configuration has no field {key!r}; its fields are {', '.join(known)}")
     return chosen

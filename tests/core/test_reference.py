@@ -35,7 +35,7 @@ def tiny_unet(
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, 32, 32)[: len(down)],
         down_block_types=tuple(down),
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         layers_per_block=1,
@@ -387,7 +387,7 @@ def test_the_default_of_min_tokens_is_1024(unet: UNet2DConditionModel, preset: s
         with agentsd.applied(unet, preset):
             assert torch.equal(run(unet, sample, EARLY, text), stock) == unmodified
             finest = [row for row in agentsd.describe(unet).layers if row.level == 1]
-            assert all(all(plan.note == "below min_tokens" for plan in row.phases) == unmodified for row in finest)
+            assert all(all(plan.note == "below min_tokens" for plan in row.plans) == unmodified for row in finest)
             assert "below min_tokens" in str(agentsd.describe(unet)) or not unmodified
 
 
