@@ -7,15 +7,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from agentsd.cli import command
 from agentsd.cli.command import Parser, formatter, number, whole
 
-if TYPE_CHECKING:
-    from agentsd.tuning import Verified
-
 PROGRAM = "agentsd-tune"
+PROMPTS = (
+    "a photo of an astronaut riding a horse on mars",
+    "a bowl of fruit on a wooden table, oil painting",
+    "portrait of an old fisherman, detailed face, soft light",
+    "a street in a small town at night after rain",
+)
 EXAMPLES = """examples:
   agentsd-tune --target-speedup 1.5 --steps 25 -o tuned.yaml                        the embedded model
   agentsd-tune --model stable-diffusion-v1-5/stable-diffusion-v1-5 --target-speedup 2 --compare -o tuned.yaml
@@ -23,7 +25,7 @@ EXAMPLES = """examples:
   agentsd-generate --config tuned.yaml --prompt "a large red circle on the left"
 
 The error is the root-mean-square error of the images against the stock images of the same seeds, on a scale from 0 to
-1; 0.01 is a PSNR of 40 dB. A run that was interrupted goes on where it was when the same command is given again.
+1; 0.01 is a PSNR of 40 dB. The same command resumes an interrupted run.
 """
 
 
@@ -39,10 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("target")
     target = group.add_mutually_exclusive_group(required=True)
-    target.add_argument(
-        "--target-speedup", type=float, metavar="S", help="whole images so many times as fast, with the smallest error"
-    )
-    target.add_argument("--max-error", type=float, metavar="E", help="the fastest whose images err so much at most")
+    speedup = "whole images so many times as fast as stock, with the smallest error"
+    target.add_argument("--target-speedup", type=float, metavar="S", help=speedup)
+    target.add_argument("--max-error", type=float, metavar="E", help="the fastest configuration within this error")
     group = parser.add_argument_group("what to measure on")
     group.add_argument("--model", default="demo", help="what agentsd-generate --model takes (default: demo)")
     group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
@@ -52,25 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--guidance-scale", type=number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
     group.add_argument("--height", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
     group.add_argument("--width", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
-    group.add_argument(
-        "--repeats",
-        type=whole(1),
-        default=2,
-        metavar="N",
-        help="UNet calls of each part of the schedule, and prompts, on which settings are measured (default: 2)",
-    )
-    group.add_argument(
-        "--compare", action="store_true", help=f"measure {', '.join(AgentSDConfig.presets())} too, for the plot"
-    )
+    repeats = "UNet calls of each part of the schedule, and prompts, to measure settings on (default: 2)"
+    group.add_argument("--repeats", type=whole(1), default=2, metavar="N", help=repeats)
+    presets = f"measure {', '.join(AgentSDConfig.presets())} too, for the plot"
+    group.add_argument("--compare", action="store_true", help=presets)
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE.yaml",
-        help="the configuration; the measurements are written beside it as .json, and a plot as .png",
-    )
+    output = "the configuration; the measurements are written beside it as .json, and a plot as .png"
+    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.yaml", help=output)
     return parser
 
 
@@ -86,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(
         PROGRAM,
         work,
-        interrupted=lambda: "interrupted; the same command goes on where it was",
+        interrupted=lambda: "interrupted; the same command resumes",
         out_of_memory="out of memory; what is measured is kept; --dtype float16 needs less",
     )
 
@@ -104,10 +93,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     from agentsd.demo.accuracy import held_out_prompts
-    from agentsd.tuning import PROMPTS
 
     if args.prompts is None:
-        # Not those that scripts/check_closeness.py checks with.
+        # Not those that scripts/experiments/closeness.py checks with.
         return held_out_prompts(len(PROMPTS), seed=2) if args.model == "demo" else list(PROMPTS)
     try:
         lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
@@ -121,12 +109,11 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _tune(args: argparse.Namespace, words: str) -> None:
     import agentsd
-    from agentsd import AgentSDConfig, AgentSDWarning, pipelines
-    from agentsd.benchmark import environment
-    from agentsd.tuning import Measurements, Tuner, Verified, write_config
+    from agentsd import AgentSDConfig, AgentSDWarning, pipelines, results
+    from agentsd.tune import Measurements, Target, Tuner, Verified
 
-    # Its error is measured, and whole images decide.
-    warnings.filterwarnings("ignore", "reuse_interval", AgentSDWarning)
+    # The error is measured, and whole images decide.
+    warnings.filterwarnings("ignore", "interval of steps", AgentSDWarning)
     prompts = _prompts(args)
     device = pipelines.find_device(args.device)
     dtype = pipelines.find_dtype(args.dtype, device)
@@ -134,7 +121,8 @@ def _tune(args: argparse.Namespace, words: str) -> None:
     if guidance is None:
         guidance = 4.0 if args.model == "demo" else 7.5
     call = {"num_inference_steps": args.steps, "guidance_scale": guidance, "height": args.height, "width": args.width}
-    about = {key: environment(str(device))[key] for key in ("device", "threads", "torch", "diffusers")}
+    environment = results.environment(str(device))
+    about = {key: environment[key] for key in ("device", "threads", "torch", "diffusers")}
     settings = {
         "model": args.model,
         "dtype": str(dtype).removeprefix("torch."),
@@ -146,58 +134,38 @@ def _tune(args: argparse.Namespace, words: str) -> None:
     }
     measurements = Measurements(args.output.with_suffix(".json"), settings)
     pipe = pipelines.load(args.model, device=device, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
     presets = {name: AgentSDConfig.from_preset(name) for name in AgentSDConfig.presets()} if args.compare else {}
+    target = Target(args.target_speedup, args.max_error)
     try:
         tuner = Tuner(pipe, prompts, call, measurements, args.repeats)
-        best, verified = tuner.tune(args.target_speedup, args.max_error)
-        figures = tuner.verify(presets) if presets else {}
+        best, verified = tuner.tune(target)
+        figures = tuner.measure(presets) if presets else {}
     finally:
         measurements.bar.close()
-    compared = [Verified(name, presets[name], None, *pair) for name, pair in figures.items()]
-    target = {"speedup": args.target_speedup, "error": args.max_error}
-    result = {
-        "target": target,
-        "front": [[tuner.speedup(point), point.error**0.5, point.choice] for point in tuner.front],
-        "verified": [one.to_dict() for one in (*verified, *compared)],
-        "chosen": best.name,
-    }
+    verified += [Verified(name, presets[name], None, *pair) for name, pair in figures.items()]
+    result = tuner.result(target, best, verified)
     measurements.write(command=words, result=result)
     assert best.predicted is not None
-    faster, error = best.predicted
     machine = f"{about['device']}, {about['threads']} threads, torch {about['torch']}, diffusers {about['diffusers']}"
-    write_config(
-        best.config,
-        args.output,
-        [
-            f"Found by agentsd {agentsd.__version__}: {words}",
-            f"model {args.model}, {settings['dtype']}, {args.steps} steps, {len(prompts)} prompts, {machine}",
-            f"predicted: {faster:.2f} times as fast as stock, error {error:.4f}",
-            f"measured: {_figures(best)}",
-            "The error is the root-mean-square error against the stock images of the same seeds, from 0 to 1.",
-        ],
-    )
-    _print(best, verified, compared)
+    comments = [
+        f"Found by agentsd {agentsd.__version__}: {words}",
+        f"model {args.model}, {settings['dtype']}, {args.steps} steps, {len(prompts)} prompts, {machine}",
+        f"predicted: {best.predicted[0]:.2f} times as fast as stock, error {best.predicted[1]:.4f}",
+        f"measured: {best}",
+        "The error is the root-mean-square error against the stock images of the same seeds, from 0 to 1.",
+    ]
+    results.write_text(args.output, "".join(f"# {line}\n" for line in comments) + best.config.to_yaml())
+    for one in verified:
+        predicted = f", predicted {one.predicted[0]:.2f} and {one.predicted[1]:.4f}" if one.predicted else ""
+        print(f"{'→' if one is best else ' '} {one.name}: {one}{predicted}")
     print(f"wrote {args.output} and {measurements.path}")
     if importlib.util.find_spec("matplotlib"):
-        from agentsd.cli.plots import draw_front
+        from agentsd.tune.plots import draw_front
 
-        print(f"wrote {draw_front(result, args.output)}")
+        draw_front(result, picture := args.output.with_suffix(".png"))
+        print(f"wrote {picture}")
     else:
         print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
-
-
-def _figures(one: "Verified") -> str:
-    from agentsd.tuning import decibels
-
-    return f"{one.speedup:.2f} times as fast as stock, error {one.error:.4f} ({decibels(one.error):.1f} dB)"
-
-
-def _print(best: "Verified", verified: "Sequence[Verified]", compared: "Sequence[Verified]") -> None:
-    for one in (*verified, *compared):
-        faster, error = one.predicted or (None, None)
-        guess = f", predicted {faster:.2f} and {error:.4f}" if faster is not None else ""
-        print(f"{'→' if one is best else ' '} {one.name}: {_figures(one)}{guess}")
 
 
 if __name__ == "__main__":

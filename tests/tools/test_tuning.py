@@ -14,35 +14,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agentsd
-from agentsd import AgentSDConfig, Phase
+from agentsd import KV, AgentSDConfig, Phase, StepCache
+from agentsd.cache.steps import full_steps
 from agentsd.cli import generate
 from agentsd.cli.tune import main
-from agentsd.tuning import CUTS, SETTINGS, Measurements, Point, Tuner, pareto, search
+from agentsd.tune import Measurements, Target, Tuner
+from agentsd.tune.candidates import ATTENTIONS, Candidates
+from agentsd.tune.search import Choice, Point, pareto, search
 from families import FAMILIES
 
 PROMPTS = ["a red circle", "a blue star"]
 CALL = {"num_inference_steps": 9, "guidance_scale": 3.0}
 
 
-class Working(Tuner):
-    """Its time is work: the number of inputs of the UNet's linear and convolution layers, the same on every machine."""
+class Work:
+    """A clock that counts work: the inputs of the UNet's linear and convolution layers, the same on every machine."""
 
-    def __init__(self, pipe: Any, file: Path) -> None:
-        self.work = self.calls = 0
+    def __init__(self, pipe: Any) -> None:
+        self.done = self.calls = 0
         for module in pipe.unet.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 module.register_forward_pre_hook(self.count)
-        pipe.unet.register_forward_pre_hook(self.call_counted)
-        super().__init__(pipe, PROMPTS, CALL, Measurements(file, {"model": "tiny"}), repeats=1)
+        pipe.unet.register_forward_pre_hook(self.count_call)
 
     def count(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
-        self.work += args[0].numel()
+        self.done += args[0].numel()
 
-    def call_counted(self, *_: Any) -> None:
+    def count_call(self, *_: Any) -> None:
         self.calls += 1
 
-    def now(self) -> float:
-        return float(self.work)
+    def __call__(self) -> float:
+        return float(self.done)
+
+
+def working(pipe: Any, file: Path) -> tuple[Tuner, Work]:
+    work = Work(pipe)
+    return Tuner(pipe, PROMPTS, CALL, Measurements(file, {"model": "tiny"}), repeats=1, now=work), work
 
 
 def pipeline() -> Any:
@@ -52,8 +59,8 @@ def pipeline() -> Any:
 @pytest.fixture(scope="module")
 def tuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuner]:
     """A tuner that has measured everything."""
-    tuner = Working(pipeline(), tmp_path_factory.mktemp("tuning") / "tuned.json")
-    tuner.tune(speedup=1.3)
+    tuner, _ = working(pipeline(), tmp_path_factory.mktemp("tuning") / "tuned.json")
+    tuner.tune(Target(speedup=1.3))
     return tuner
 
 
@@ -90,50 +97,75 @@ def relative(out: torch.Tensor, stock: torch.Tensor) -> float:
 
 @pytest.mark.slow
 def test_errors_of_attention_are_those_of_the_configuration_on_the_stock_inputs(tuner: Tuner) -> None:
-    assert tuner.settings == {1: ["kv 2, half", "kv 2", "kv 4"]}
+    names = tuner.candidates.attentions[1]
+    assert tuner.candidates.attentions == {1: ["kv 2, half", "kv 2", "kv 4"]}
+    assert tuner.candidates.layers == [1, 2]
     pipe = pipeline()
-    for part, calls in enumerate(tuner.parts):
+    for part, calls in enumerate(tuner.candidates.parts):
         values = tuner.measurements.values[f"calls, part {part}, turn 0"]
-        call = tuner.run(0).calls[calls[len(calls) // 2]]
-        for name in tuner.settings[1]:
-            config = AgentSDConfig(phases=(Phase(attention="kv", **SETTINGS[name]),))
-            agentsd.apply(pipe, config)
+        call = tuner.runs.stock(0).calls[calls[len(calls) // 2]]
+        for name in names:
+            agentsd.apply(pipe, AgentSDConfig(phases=(Phase(attention=ATTENTIONS[name]),)))
             with torch.no_grad():
                 out = pipe.unet(*call.args, **call.kwargs)[0]
-            assert values[f"1: {name}"][1] == pytest.approx(relative(out, call.noise), rel=1e-6)
-            assert values[f"1: {name}"][0] < values["stock"][0]
-            for cut in CUTS:
-                assert values[f"{cut}, reused: {name}"][0] < values[f"{cut}, reused: stock"][0] < values["stock"][0]
-        errors = [values[f"1: {name}"][1] for name in tuner.settings[1]]
+            assert values[f"level 1: {name}"][1] == pytest.approx(relative(out, call.output), rel=1e-6)
+            assert values[f"level 1: {name}"][0] < values["stock"][0]
+            for layers in (1, 2):
+                assert values[f"{layers} layers: {name}"][0] < values[f"{layers} layers: None"][0] < values["stock"][0]
+        errors = [values[f"level 1: {name}"][1] for name in names]
         assert 0 < errors[0] < errors[2]
 
 
 @pytest.mark.slow
-def test_errors_of_reuse_are_those_of_a_run_with_it_on_the_stock_inputs(tuner: Tuner) -> None:
-    pipe = pipeline()
-    values = tuner.measurements.values["reuse, prompt 0"]
-    assert len(values) == 12
-    for name, (cut, interval, share) in tuner.reuses.items():
-        phase = Phase(attention="stock", reuse_interval=interval, extrapolate=share, **CUTS[cut])
-        agentsd.apply(pipe, AgentSDConfig(phases=(phase,)))
+def test_errors_of_the_step_cache_are_those_of_a_run_with_it_on_the_stock_inputs(tuner: Tuner) -> None:
+    pipe, calls = pipeline(), tuner.runs.stock(0).calls
+    assert len(tuner.candidates.caches) == 12
+    for name, cache in tuner.candidates.caches.items():
+        agentsd.apply(pipe, AgentSDConfig(phases=(Phase(attention=None),), steps=cache))
         with torch.no_grad():
-            outs = [pipe.unet(*call.args, **call.kwargs)[0] for call in tuner.run(0).calls]
-        expected = [relative(out, call.noise) for out, call in zip(outs, tuner.run(0).calls, strict=True)]
-        assert values[name] == pytest.approx(expected, rel=1e-5)
-        assert any(values[name])
+            outs = [pipe.unet(*call.args, **call.kwargs)[0] for call in calls]
+        expected = [relative(out, call.output) for out, call in zip(outs, calls, strict=True)]
+        found = tuner.measurements.values[f"{name}, prompt 0"]
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert [i for i, error in enumerate(found) if not error] == full_steps(len(calls), cache)
 
 
 @pytest.mark.slow
 def test_an_image_says_how_much_errors_of_a_part_matter(tuner: Tuner) -> None:
     """The calls before the part, which are not computed there, are computed here."""
     pipe = pipeline()
-    for part in range(len(tuner.parts)):
-        agentsd.apply(pipe, tuner.config([(part, "reuse", tuner.probing(part, "reuse"))]))
+    for part in range(len(tuner.candidates.parts)):
+        agentsd.apply(pipe, tuner.candidates.config(((part, "steps", tuner.strongest(part, "steps")),)))
         image = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **CALL).images[0]
-        square = np.square(image.astype(np.float64) - tuner.run(0).image).mean()
-        assert tuner.measurements.values[f"image, part {part}, reuse, prompt 0"] == pytest.approx(square, rel=1e-6)
-    assert not agentsd.is_applied(tuner.pipe)
-    assert "forward" not in vars(tuner.pipe.unet)
+        square = np.square(image.astype(np.float64) - tuner.runs.stock(0).image).mean()
+        assert tuner.measurements.values[f"image, part {part}, steps, prompt 0"] == pytest.approx(square, rel=1e-6)
+    assert not agentsd.is_applied(tuner.runs.pipe)
+    assert "forward" not in vars(tuner.runs.pipe.unet)
+
+
+@pytest.mark.parametrize(
+    ("choice", "config"),
+    [
+        ((), AgentSDConfig(phases=(Phase(attention=None),))),
+        (
+            ((0, 1, "kv 2"), (1, 1, "kv 2"), (2, 1, "kv 4"), (2, 2, "kv 4")),
+            AgentSDConfig(
+                phases=(
+                    Phase(0.7, KV(2), (1,), 256),
+                    Phase(0.7, None, (2,)),
+                    Phase(1.0, KV(4), (1, 2), 256),
+                )
+            ),
+        ),
+        (
+            ((1, "steps", "every other"), (2, "steps", "every other")),
+            AgentSDConfig((Phase(attention=None),), (StepCache(0.3, interval=1), StepCache(1.0, interval=2))),
+        ),
+    ],
+)
+def test_a_choice_is_the_shortest_configuration_that_does_it(choice: Choice, config: AgentSDConfig) -> None:
+    candidates = Candidates((0.3, 0.7, 1.0), ((0,), (1,), (2,)), {1: [], 2: []}, {"every other": StepCache(interval=2)})
+    assert candidates.config(choice) == config
 
 
 def test_the_choice_is_the_best_of_the_verified_and_the_same_without_measuring_again(
@@ -141,9 +173,9 @@ def test_the_choice_is_the_best_of_the_verified_and_the_same_without_measuring_a
 ) -> None:
     file = tmp_path / "tuned.json"
     file.write_bytes(tuner.measurements.path.read_bytes())
-    again = Working(pipeline(), file)
-    best, verified = again.tune(speedup=1.3)
-    assert again.calls == 0
+    again, work = working(pipeline(), file)
+    best, verified = again.tune(Target(speedup=1.3))
+    assert work.calls == 0
     assert len(verified) >= 2
     assert best.speedup >= 1.3
     assert best.error == min(one.error for one in verified if one.speedup >= 1.3)
@@ -151,16 +183,16 @@ def test_the_choice_is_the_best_of_the_verified_and_the_same_without_measuring_a
         # Work is counted exactly; what part boundaries and the first steps of a part cost is not predicted.
         assert one.predicted is not None
         assert one.speedup == pytest.approx(one.predicted[0], rel=0.25)
-    assert (best, verified) == tuner.tune(speedup=1.3)
-    close, some = again.tune(error=best.error)
+    assert (best, verified) == tuner.tune(Target(speedup=1.3))
+    close, some = again.tune(Target(error=best.error))
     assert close.error <= best.error
     assert close.speedup == max(one.speedup for one in some if one.error <= best.error)
     with pytest.raises(ValueError, match=r"no configuration is 50 times as fast as stock here: .* reaches \d+\.\d\d"):
-        again.tune(speedup=50)
+        again.tune(Target(speedup=50))
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_goes_on_where_it_was(tuner: Tuner, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_choice(tuner: Tuner, tmp_path: Path) -> None:
     file, pipe, left = tmp_path / "tuned.json", pipeline(), 90
 
     def fail(*_: Any) -> None:
@@ -170,13 +202,13 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tuner: Tuner, tmp_path:
             raise KeyboardInterrupt
 
     with pipe.unet.register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
-        Working(pipe, file).tune(speedup=1.3)
+        working(pipe, file)[0].tune(Target(speedup=1.3))
     before = json.loads(file.read_text())["measurements"]
     assert {"stock, prompt 1", "calls, part 2, turn 0"} <= before.keys()
     assert not agentsd.is_applied(pipe)
-    rest = Working(pipeline(), file)
-    assert rest.tune(speedup=1.3) == tuner.tune(speedup=1.3)
-    assert rest.measurements.values.items() >= before.items()
+    resumed, _ = working(pipeline(), file)
+    assert resumed.tune(Target(speedup=1.3)) == tuner.tune(Target(speedup=1.3))
+    assert resumed.measurements.values.items() >= before.items()
 
 
 def arguments(model: Path, output: Path, *more: str) -> list[str]:

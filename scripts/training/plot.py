@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Plot the losses that scripts/train_demo.py logged.
+"""Plot the losses that scripts/training/demo.py logged.
 
-python scripts/plot_training.py runs/demo/log.jsonl agentsd/demo/training.png
+python scripts/training/plot.py runs/demo/log.jsonl agentsd/demo/training.png
 """
 
 import argparse

@@ -1,15 +1,21 @@
-"""Training of the embedded model, in stages that each resume: autoencoder, text encoder, diffusion, attribute checker.
+#!/usr/bin/env python
+"""Train the embedded model from nothing: autoencoder, text encoder, diffusion, attribute checker.
 
-Run by `scripts/train_demo.py`; the recipe's reasons are in agentsd/demo/README.md.
+python scripts/training/demo.py --output runs/demo                                     one process, CUDA if there is one
+OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/training/demo.py --output runs/demo --device cpu
+                                                                                       two CPU processes
+
+The reasons for the recipe are in agentsd/demo/README.md. The same command resumes an interrupted run bit-identically.
 """
 
+import argparse
 import itertools
 import json
 import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,7 @@ LENGTH = 32
 # Averages of four cells have less variance than the latents of the coarse grid: by a factor of 1 to 2, with the noise.
 GROWN_SCALE = 1.5
 WIDTH = 128
+STAGES = ("text", "vae", "diffusion", "checker")
 SAMPLES = (
     "a large red circle on the left, a small blue star on the right, on a striped green background",
     "a large white star in the center on a checkered purple background",
@@ -158,7 +165,7 @@ def make_unet(grid: int) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def grow(unet: UNet2DConditionModel, coarse: UNet2DConditionModel) -> None:
-    """Make `unet` begin as `coarse` on averages of 2×2 cells, its own outermost level passing through.
+    """Make `unet` begin as `coarse` on averages of 2×2 cells, with its new outermost level passing its input through.
 
     Progressive growing, with the new level's branches at zero: what is left to learn is the detail. The middle block
     keeps its first convolutions only, so that the weights stay within 16 MiB.
@@ -171,8 +178,8 @@ def grow(unet: UNet2DConditionModel, coarse: UNet2DConditionModel) -> None:
             name = f"down_blocks.{int(index) + 1}.{rest}"
         renamed[name] = value
     first = {name: renamed.pop(f"conv_in.{name}") for name in ("weight", "bias")}
-    own = unet.state_dict()
-    unet.load_state_dict(own | {name: value for name, value in renamed.items() if name in own})
+    state = unet.state_dict()
+    unet.load_state_dict(state | {name: value for name, value in renamed.items() if name in state})
 
     down, up = unet.down_blocks[0], unet.up_blocks[-1]
     for resnet in (*down.resnets, *up.resnets):
@@ -297,7 +304,7 @@ class Progress:
 
 
 class Trainer:
-    """Runs the stages of a recipe in a folder; each resumes at its checkpoint and is skipped once it has its result."""
+    """Runs the stages of a recipe in a folder; each resumes at its checkpoint and is skipped when its result exists."""
 
     def __init__(
         self,
@@ -588,3 +595,39 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
 def _edit(path: Path, **changes: Any) -> None:
     config = {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value is not None}
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    """Parse the arguments and run the stages asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for model, checkpoints, samples and log.jsonl"
+    )
+    parser.add_argument(
+        "--stage", choices=STAGES, action="append", help="only this stage (repeatable); default: all, in order"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps of every stage")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="autocast precision")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
+    parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS")
+    parser.add_argument("--sample-every", type=int, default=400, metavar="STEPS", help="0: no sample pictures")
+    args = parser.parse_args()
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * args.scale))
+
+    recipe = Recipe()
+    recipe = replace(
+        recipe,
+        **{name: scaled(getattr(recipe, name)) for name in ("vae_steps", "text_steps", "checker_steps")},
+        stages=tuple(replace(stage, steps=scaled(stage.steps)) for stage in recipe.stages),
+    )
+    accelerator = Accelerator(mixed_precision=args.precision, cpu=args.device == "cpu")
+    trainer = Trainer(recipe, args.output, accelerator, args.checkpoint_every, args.sample_every)
+    for stage in STAGES:
+        if not args.stage or stage in args.stage:
+            getattr(trainer, stage)()
+
+
+if __name__ == "__main__":
+    main()

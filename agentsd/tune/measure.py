@@ -1,0 +1,195 @@
+"""Measuring on a pipeline: stock runs, their UNet calls again with changes, and whole images."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from agentsd.api import applied
+from agentsd.config import AgentSDConfig
+from agentsd.drawing import UNetCall, draw, record_calls
+from agentsd.results import read_json, write_json
+from agentsd.schedule import progress
+
+
+class Measurements:
+    """Results by name, in a JSON file that is written after each of them.
+
+    Args:
+        path: of the file; what is in it is not measured again.
+        settings: what the results belong to.
+
+    Raises:
+        ValueError: the file is of other settings, or of something else.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.values: dict[str, Any] = {}
+        self.bar = tqdm(disable=True)
+        if path.exists():
+            found = read_json(path)
+            if not isinstance(found, dict) or not found.keys() >= {"settings", "measurements"}:
+                raise ValueError(f"{path} is not a file of agentsd-tune; name another output")
+            for key, value in self.settings.items():
+                if (other := found["settings"].get(key)) != value:
+                    raise ValueError(
+                        f"{path} has measurements with {key} {other!r}, not {value!r}; name another output or remove it"
+                    )
+            self.values = found["measurements"]
+
+    def expect(self, more: int) -> None:
+        """Show progress towards so many results more."""
+        if self.bar.disable:
+            self.bar = tqdm(desc="measuring", total=0, leave=False)
+        self.bar.total += more
+
+    def get(self, name: str, measure: Callable[..., Any], *args: Any) -> Any:
+        """The result of that name, measured if it is not there."""
+        self.bar.set_postfix_str(name)
+        if name not in self.values:
+            self.values[name] = measure(*args)
+            self.write()
+        self.bar.update()
+        return self.values[name]
+
+    def write(self, **more: Any) -> None:
+        """Write the file."""
+        write_json(self.path, {"settings": self.settings, **more, "measurements": self.values})
+
+
+@dataclass
+class Run:
+    """A stock run: its UNet calls in order, the image, H×W×3 from 0 to 1, and the seconds in all and in the UNet."""
+
+    calls: list[UNetCall]
+    image: np.ndarray
+    seconds: float
+    inside: float
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """A function that says the time in seconds, when the device has done what it was told.
+
+    On one thread of a CPU it is the time that the process has computed: it stands still while other processes do.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def squared_error(out: Tensor, stock: Tensor) -> float:
+    """Squared error relative to the stock output's square."""
+    return float((out - stock).double().square().sum() / stock.double().square().sum())
+
+
+class Runs:
+    """Runs of a pipeline; image i is of prompt i and seed i.
+
+    Args:
+        pipe: a text-to-image pipeline with a UNet, not accelerated.
+        prompts: what is drawn.
+        call: further arguments of the pipeline's call, such as `num_inference_steps`.
+        now: the time in seconds; None is `clock`.
+    """
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], call: dict[str, Any], now: Callable[[], float] | None = None
+    ) -> None:
+        self.pipe, self.prompts, self.call = pipe, prompts, call
+        self.now = now or clock(pipe.unet.device)
+        self._stock: dict[int, Run] = {}
+
+    def _draw(self, prompt: int) -> tuple[np.ndarray, float]:
+        began = self.now()
+        drawn = draw(self.pipe, self.prompts[prompt], prompt, output="np", **self.call)
+        assert drawn.arrays is not None
+        return drawn.arrays[0], self.now() - began
+
+    def stock(self, prompt: int) -> Run:
+        """The stock run of a prompt."""
+        if prompt not in self._stock:
+            unet, inside = self.pipe.unet, 0.0
+
+            def before(*_: Any) -> None:
+                nonlocal inside
+                inside -= self.now()
+
+            def after(*_: Any) -> None:
+                nonlocal inside
+                inside += self.now()
+
+            hooks = unet.register_forward_pre_hook(before), unet.register_forward_hook(after)
+            with hooks[0], hooks[1], record_calls(unet) as calls:
+                image, seconds = self._draw(prompt)
+            self._stock[prompt] = Run(calls, image, seconds, inside)
+        return self._stock[prompt]
+
+    def about(self, prompt: int) -> dict[str, Any]:
+        """Seconds of a stock run and of its UNet calls, the progress at each of them, and the size of the latents."""
+        run, steps = self.stock(prompt), self.pipe.scheduler.config.num_train_timesteps
+        at = [progress(float(call.timestep), steps) for call in run.calls]
+        return {
+            "seconds": run.seconds,
+            "inside": run.inside,
+            "progress": at,
+            "latent": [*run.calls[0].sample.shape[-2:]],
+        }
+
+    def replay(self, calls: Sequence[UNetCall], config: AgentSDConfig | None = None) -> list[tuple[float, float]]:
+        """Seconds and relative squared error of calls of a stock run that are made again, in turn; None is stock."""
+        results = []
+        with torch.no_grad(), applied(self.pipe, config) if config else nullcontext():
+            for call in calls:
+                began = self.now()
+                out = self.pipe.unet(*call.args, **call.kwargs)[0]
+                results.append((self.now() - began, squared_error(out, call.output)))
+        return results
+
+    def image(self, prompt: int, config: AgentSDConfig | None = None, stock_calls: int = 0) -> dict[str, float]:
+        """Seconds of a whole image and its mean squared error to the stock image.
+
+        Args:
+            prompt: which one.
+            config: the acceleration; None is stock.
+            stock_calls: so many calls at the beginning are not computed but return what they do in the stock run.
+        """
+        run = self.stock(prompt)
+        outputs = [call.output for call in run.calls[:stock_calls]]
+        with applied(self.pipe, config) if config else nullcontext(), _returning(self.pipe.unet, outputs):
+            image, seconds = self._draw(prompt)
+        return {"seconds": seconds, "square": float(np.square(image - run.image, dtype=np.float64).mean())}
+
+
+@contextmanager
+def _returning(unet: nn.Module, outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Context in which the first calls of a UNet return these outputs."""
+    forward: Callable[..., Any] = unet.forward
+    replaced, known = vars(unet).get("forward"), iter(outputs)
+
+    def first_known(*args: Any, **kwargs: Any) -> Any:
+        output = next(known, None)
+        return forward(*args, **kwargs) if output is None else (output,)
+
+    unet.forward = first_known  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del unet.forward
+        if replaced is not None:
+            unet.forward = replaced  # type: ignore[method-assign]
