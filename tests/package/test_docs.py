@@ -140,6 +140,11 @@ def test_examples_build_configurations(page: Path) -> None:
         assert found
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.yaml")), ids=lambda path: path.name)
+def test_stored_configurations_load(path: Path) -> None:
+    assert AgentSDConfig.from_file(path).phases
+
+
 def test_the_yaml_and_the_python_of_the_options_are_the_same() -> None:
     page = DOCS / "options.md"
     written = AgentSDConfig.from_dict(yaml.safe_load(snippets(page, "yaml")[0]))
