@@ -242,13 +242,18 @@ class StepCacheState:
                 stacklevel=2,
             )
 
-    def snapshot(self) -> list[History]:
+    def snapshot(self) -> Any:
         """What is kept between calls now, for `restore`."""
-        return [replace(history, features=[*history.features]) for history in self.histories]
+        return self.position, self.turn, self._copies(self.histories)
 
-    def restore(self, kept: list[History]) -> None:
+    def restore(self, kept: Any) -> None:
         """Keep what was kept when `snapshot` was called, as often as need be."""
-        self.histories = [replace(history, features=[*history.features]) for history in kept]
+        self.position, self.turn, histories = kept
+        self.histories = self._copies(histories)
+
+    @staticmethod
+    def _copies(histories: Sequence[History]) -> list[History]:
+        return [replace(history, features=[*history.features]) for history in histories]
 
     def cut_module(self, layers: int) -> nn.Module:
         """The module whose output is kept where cached steps compute so many layers."""

@@ -249,7 +249,7 @@ def test_what_is_kept_is_let_go_after_the_last_step_and_described(unet: Any) -> 
     assert str(agentsd.describe(unet)).endswith("kept between steps: at most 0 MiB so far")
 
     def kept() -> list[Tensor]:
-        return [features for history in state.snapshot() for _, features in history.features]
+        return [features for history in state.histories for _, features in history.features]
 
     denoised(unet, stop=9)
     assert [tuple(tensor.shape) for tensor in kept()] == [(2, 16, 16, 16)] * 2

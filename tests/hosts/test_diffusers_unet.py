@@ -1,4 +1,4 @@
-"""How the patch behaves: what it leaves alone, what it leaves behind, and what an image may depend on."""
+"""How the acceleration of a UNet behaves: what it skips, what it leaves behind, and what an image may depend on."""
 
 import copy
 import importlib
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
-from agentsd import AgentSDConfig, Phase
-from agentsd.patch import block_levels, find_layers, level_grid, patch_of
-from agentsd.processor import AgentSDProcessor
+from agentsd import KV, AgentSDConfig, Phase
+from agentsd.hosts.diffusers_unet import AgentSDProcessor, block_levels, find_layers, patch_of
+from agentsd.planning import level_grid
 from agentsd.schedule import Clock
 
 EARLY, LATE = 901, 101
@@ -84,7 +84,13 @@ def test_applying_again_replaces_the_configuration(unet: Any, inputs: Any) -> No
 
 def test_a_configuration_that_is_refused_changes_nothing(unet: Any, inputs: Any) -> None:
     accelerated = call(agentsd.apply(unet, ratio=0.2), inputs)
-    for wrong in ({"ratio": 0.9}, {"phases": (Phase(levels=(7,)),)}, {"rato": 0.1}):
+    for wrong in (
+        {"ratio": 0.9},
+        {"levels": 7},
+        {"rato": 0.1},
+        {"kv_ratio": 0.5},
+        {"steps/layers": 9, "steps/interval": 2},
+    ):
         with pytest.raises(ValueError):
             agentsd.apply(unet, **wrong)
         assert torch.equal(call(unet, inputs), accelerated)
@@ -138,17 +144,11 @@ def test_guidance_in_one_call_or_two_sees_the_same_destinations(unet: Any, input
 
 
 def test_destinations_move_from_step_to_step_and_with_the_seed(unet: Any, inputs: Any) -> None:
-    fixed = AgentSDConfig(use_rand=False, phases=(Phase(attention="kv", stride=2),))
-    output = {}
-    for name, config in {
-        "rand": fixed.replace(use_rand=True),
-        "seed": fixed.replace(use_rand=True, seed=1),
-        "fixed": fixed,
-    }.items():
-        output[name] = call(agentsd.apply(unet, config), inputs)
-    assert not torch.equal(output["rand"], output["seed"])
-    assert not torch.equal(output["rand"], output["fixed"])
-    patch = patch_of(agentsd.apply(unet, fixed.replace(use_rand=True)))
+    config = AgentSDConfig((Phase(attention=KV(stride=2)),))
+    outputs = [call(agentsd.apply(unet, config, seed=seed), inputs) for seed in (0, 1, None)]
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    patch = patch_of(agentsd.apply(unet, config))
     seen = []
     for timestep in (EARLY, EARLY, LATE):
         call(unet, inputs, timestep)
@@ -222,14 +222,14 @@ def test_masks_and_other_token_counts_go_to_the_wrapped_processor(unet: Any, inp
     stock = attn(tokens, attention_mask=bias), attn(tokens[:, :99]), attn(tokens, encoder_hidden_states=tokens[:, :9])
     agentsd.apply(unet)
     call(unet, inputs)
-    attn.processor.block.x = tokens
+    attn.processor.state.x = tokens
     accelerated = attn(tokens)
     for metric, kwargs, want in (
         (tokens, {"attention_mask": bias}, stock[0]),
         (tokens[:, :99], {}, stock[1]),
         (tokens, {"encoder_hidden_states": tokens[:, :9]}, stock[2]),
     ):
-        attn.processor.block.x = metric
+        attn.processor.state.x = metric
         assert torch.equal(attn(metric, **kwargs), want)
     assert not torch.equal(accelerated, attn.processor.inner(attn, tokens))
 
@@ -237,9 +237,9 @@ def test_masks_and_other_token_counts_go_to_the_wrapped_processor(unet: Any, inp
 def test_a_grid_smaller_than_the_stride_stays_stock(unet: Any, inputs: Any) -> None:
     small = inputs[0][..., :2, :12], inputs[1]
     stock = call(unet, small)
-    agentsd.apply(unet, phases=(Phase(stride=(2, 4)),))
+    agentsd.apply(unet, stride=(2, 4))
     assert torch.equal(call(unet, small), stock)
-    assert "stock" in str(agentsd.describe(unet))
+    assert "stock: smaller than a cell" in str(agentsd.describe(unet))
 
 
 def test_processors_put_in_the_place_of_ours_are_wrapped_at_the_next_call(unet: Any, inputs: Any) -> None:
@@ -254,22 +254,22 @@ def test_processors_put_in_the_place_of_ours_are_wrapped_at_the_next_call(unet: 
     assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
-def test_a_processor_of_another_kind_is_left_alone_and_reported(unet: Any, inputs: Any) -> None:
+def test_a_processor_of_another_kind_is_skipped_and_reported(unet: Any, inputs: Any) -> None:
     class Own(AttnProcessor2_0):
         pass
 
     attn = find_layers(unet)[0].block.attn1
     attn.set_processor(Own())
-    with pytest.warns(UserWarning, match=r"leaves 1 of 3 covered layers of UNet2DConditionModel alone because of Own"):
+    with pytest.warns(UserWarning, match=r"agentsd skips 1 of 3 covered layers of UNet2DConditionModel because of Own"):
         agentsd.apply(unet)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(unet, inputs)
     assert type(attn.processor) is Own
     report = agentsd.describe(unet)
-    assert report.layers[0].note == "Own"
+    assert report.layers[0].skipped == "Own"
     assert report.saved(report.layers[0]) == 0
-    assert "left alone: Own" in str(report)
+    assert "skipped: Own" in str(report)
 
 
 def test_nothing_but_processors_of_another_kind_is_an_error(unet: Any) -> None:
@@ -278,7 +278,7 @@ def test_nothing_but_processors_of_another_kind_is_an_error(unet: Any) -> None:
 
     unet.set_attn_processor(Own())
     before = state(unet)
-    with pytest.raises(ValueError, match=r"no self-attention layer that can be accelerated: Own is not known"):
+    with pytest.raises(ValueError, match=r"no self-attention layer that can be accelerated: Own is not supported"):
         agentsd.apply(unet)
     assert state(unet) == before
 
@@ -363,11 +363,11 @@ def test_levels_choose_the_resolutions(tiny_unet: Callable[..., Any]) -> None:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")
     )
     report = agentsd.describe(agentsd.apply(finest_is_second))
-    assert {row.level for row in report.layers if row.phases[0].attention != "stock"} == {2}
+    assert {row.level for row in report.layers if row.plans[0].attention} == {2}
     with pytest.raises(
         ValueError, match=r"levels is \[\[1\]\]; UNet2DConditionModel has self-attention at levels \[2\]"
     ):
-        agentsd.apply(finest_is_second, phases=(Phase(levels=(1,)),))
+        agentsd.apply(finest_is_second, AgentSDConfig((Phase(),)), levels=1)
 
 
 def test_a_model_without_spatial_self_attention_is_refused(tiny_unet: Callable[..., Any]) -> None:
@@ -384,7 +384,7 @@ def test_describe_counts_tokens_agents_and_work(unet: Any) -> None:
     report = agentsd.describe(agentsd.apply(unet))
     row = report.layers[0]
     assert (row.grid, row.tokens, row.level) == ((16, 16), 256, 1)
-    agent, merge = row.phases
+    agent, merge = row.plans
     assert (agent.attention, agent.queries, agent.agents) == ("agent", 256 - 102, 16)
     assert (merge.attention, merge.queries, merge.agents) == ("merge", 256 - 102, 0)
     work = 0.4 * 4 * 154 * 16 + 0.6 * 2 * 154**2
@@ -467,7 +467,7 @@ def test_the_compiled_unet_has_one_graph_per_phase(
         agentsd.apply(model, preset)
     before = counter.frame_count
     compiled = [call(model, inputs, t) for t in TIMESTEPS]
-    assert counter.frame_count - before == len(AgentSDConfig.from_preset(preset).phases)
+    assert counter.frame_count - before == len(AgentSDConfig.from_preset(preset).ends)
     with torch._dynamo.config.patch(error_on_recompile=True):
         again = [call(model, inputs, t) for t in TIMESTEPS.clone()]
         call(model, (inputs[0], inputs[1].flip(1)), TIMESTEPS[-1])
