@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from agentsd.attention import agent_attention
 from agentsd.nn import AgentAttention, convert_state_dict
+from agentsd.ops.attention import agent_attention
 from reference import Grid
 from reference_nn import authors_state, convolved, reference
 

@@ -7,8 +7,7 @@ import gradio as gr
 from modules import scripts, shared
 from torch import Tensor
 
-from agentsd.config import AgentSDConfig
-from agentsd.integrations import ldm
+from agentsd.hosts import ldm
 
 PRESET, RATIO = "AgentSD preset", "AgentSD ratio"
 
@@ -51,7 +50,7 @@ class AgentSDScript(scripts.Script):
                 list(ldm.presets()),
                 value="paper",
                 label="Preset",
-                info="paper: as published, changes the image most. faithful: stays closest to the image without it. "
+                info="paper: as published, changes the image most. faithful: stays closest to the stock image. "
                 "fast: fewest agents. hires: for 1024×1024 and more.",
             )
             ratio = gr.Slider(
@@ -61,7 +60,7 @@ class AgentSDScript(scripts.Script):
                 step=0.05,
                 label="Ratio",
                 info="paper: share of the tokens merged away. More is faster and loses detail. "
-                "faithful and fast do not look at it.",
+                "No effect in faithful, fast and hires.",
             )
         self.infotext_fields = [(enabled, lambda parameters: PRESET in parameters), (preset, PRESET), (ratio, RATIO)]
         self.paste_field_names = [PRESET, RATIO]
@@ -89,7 +88,7 @@ class AgentSDScript(scripts.Script):
         """Put the acceleration on, or say why not; note it in the parameters of the images."""
         model = p.sd_model
         try:
-            config = AgentSDConfig.from_preset(preset).replace(ratio=ratio)
+            config = ldm.from_preset(preset, ratio)
             if in_forge(p):
                 objects = model.forge_objects
                 objects.unet = ldm.attach(objects.unet, config, lambda host: host.predictor, forge_attention)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import agentsd.integrations
-from agentsd.integrations import ldm
+from agentsd.hosts import ldm
 from ldm_host import (
-    KV,
+    GROUPS,
     VARIANTS,
     Model,
     ModelPatcher,
@@ -27,7 +26,7 @@ from ldm_host import (
     sample,
 )
 
-FOLDER = Path(agentsd.integrations.__file__).parent / "webui"
+FOLDER = Path(ldm.__file__).parent / "webui"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -36,7 +35,7 @@ def test_hooks_on_modules_do_what_the_processor_for_diffusers_does(xl: bool, nam
     config, unet = VARIANTS[name], build(xl=xl)
     x, context = inputs(20, 12)
     before = unet(x, torch.tensor([900, 900]), context)
-    ldm.apply(unet, KV)
+    ldm.apply(unet, GROUPS)
     ldm.apply(unet, config)
     for timestep in (900, 300):
         times = torch.full((2,), float(timestep))

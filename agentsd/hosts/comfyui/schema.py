@@ -4,13 +4,13 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import CATEGORY, DESCRIPTION, KNOBS, MODEL_TOOLTIP, Knob, accelerate
+from .nodes import CATEGORY, DESCRIPTION, INPUTS, MODEL_TOOLTIP, Input, accelerate
 
 
-def _input(knob: Knob) -> Any:
-    kind = {"BOOLEAN": io.Boolean, "COMBO": io.Combo, "FLOAT": io.Float, "INT": io.Int}[knob.kind]
-    limits = {name: list(value) if name == "options" else value for name, value in knob.limits.items()}
-    return kind.Input(knob.name, tooltip=knob.tooltip, **limits)
+def _input(item: Input) -> Any:
+    kind = {"BOOLEAN": io.Boolean, "COMBO": io.Combo, "FLOAT": io.Float, "INT": io.Int}[item.kind]
+    limits = {name: list(value) if name == "options" else value for name, value in item.limits.items()}
+    return kind.Input(item.name, tooltip=item.tooltip, **limits)
 
 
 class AgentSD(io.ComfyNode):
@@ -24,14 +24,14 @@ class AgentSD(io.ComfyNode):
             display_name="AgentSD",
             category=CATEGORY,
             description=DESCRIPTION,
-            inputs=[io.Model.Input("model", tooltip=MODEL_TOOLTIP), *map(_input, KNOBS)],
+            inputs=[io.Model.Input("model", tooltip=MODEL_TOOLTIP), *map(_input, INPUTS)],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, **knobs: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
         """What the node does."""
-        return io.NodeOutput(accelerate(model, **knobs))
+        return io.NodeOutput(accelerate(model, **inputs))
 
 
 class AgentSDExtension(ComfyExtension):

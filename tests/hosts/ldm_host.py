@@ -12,27 +12,23 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from agentsd import AgentSDConfig, Phase
-from agentsd.integrations import ldm
-from agentsd.merging import destinations, step_key
-from agentsd.processor import AgentSDProcessor, Block, Plan
-from agentsd.schedule import phase_at
+from agentsd import KV, Agent, AgentSDConfig, Merge, Phase
+from agentsd.hosts import ldm
+from agentsd.hosts.diffusers_unet import AgentSDProcessor
+from agentsd.layer import BlockState
+from agentsd.planning import Planner
 
 HEADS, CHANNELS = 2, 16
-KV = AgentSDConfig(phases=(Phase(attention="kv", stride=2),))
-STOCK = AgentSDConfig(phases=(Phase(attention="stock"),))
+GROUPS = AgentSDConfig((Phase(attention=KV(stride=2)),))
+STOCK = AgentSDConfig((Phase(attention=None),))
 VARIANTS = {
     "paper": AgentSDConfig(),
-    "kv": KV,
-    "kv, half folded, two levels": AgentSDConfig(
-        phases=(Phase(attention="kv", stride=(4, 2), kv_ratio=0.5, levels=(0, -1)),)
-    ),
-    "pooled agents, proportional, top left": AgentSDConfig(
-        ratio=0.3, use_rand=False, phases=(Phase(agents="pool", proportional=True, stride=4),)
-    ),
-    "merge, proportional": AgentSDConfig(ratio=0.7, phases=(Phase(attention="merge", stride=2, proportional=True),)),
+    "kv": GROUPS,
+    "kv, half merged, two levels": AgentSDConfig((Phase(attention=KV(stride=(4, 2), kv_ratio=0.5), levels=(0, -1)),)),
+    "agents, top left": AgentSDConfig((Phase(attention=Agent(ratio=0.3)),), seed=None),
+    "merge, proportional": AgentSDConfig((Phase(attention=Merge(ratio=0.7, proportional=True)),)),
     "stock, then agents at a coarser level": AgentSDConfig(
-        phases=(Phase(until=0.5, attention="stock"), Phase(levels={-1: {"stride": (3, 2)}}))
+        (Phase(until=0.5, attention=None, levels=(-1,)), Phase(attention=Agent(stride=(3, 2)), levels=(-1,)))
     ),
 }
 
@@ -222,14 +218,14 @@ def inputs(height: int = 16, width: int = 12, batch: int = 2) -> tuple[Tensor, T
     return x, context
 
 
-def grid_at(x: Tensor, layer: ldm.Layer) -> tuple[int, int]:
+def grid_at(x: Tensor, layer: ldm.SelfAttentionLayer) -> tuple[int, int]:
     """Height and width of a layer's token grid, whose sides of the latent are multiples of 4."""
     return x.shape[-2] >> layer.level - 1, x.shape[-1] >> layer.level - 1
 
 
 def layer_calls(
     unet: nn.Module, last: Literal["attn1", "to_out"], run: Callable[[], Tensor]
-) -> list[tuple[ldm.Layer, Tensor, Tensor, Tensor]]:
+) -> list[tuple[ldm.SelfAttentionLayer, Tensor, Tensor, Tensor]]:
     """Of each attention in a call: the layer, the block's input, the normed tokens, what the `last` module says."""
     calls, handles = [], []
     for layer in ldm.find_layers(unet):
@@ -238,7 +234,7 @@ def layer_calls(
         def norm(_: Any, args: Any, out: Tensor, seen: dict[str, Tensor] = seen) -> None:
             seen["x"], seen["n"] = args[0], out
 
-        def done(_: Any, args: Any, out: Tensor, seen: Any = seen, layer: ldm.Layer = layer) -> None:
+        def done(_: Any, args: Any, out: Tensor, seen: Any = seen, layer: ldm.SelfAttentionLayer = layer) -> None:
             calls.append((layer, seen["x"], seen["n"], out))
 
         handles += [layer.block.norm1.register_forward_hook(norm)]
@@ -253,22 +249,16 @@ def layer_calls(
 def by_diffusers(
     unet: nn.Module,
     config: AgentSDConfig,
-    layer: ldm.Layer,
+    layer: ldm.SelfAttentionLayer,
     metric: Tensor,
     n: Tensor,
     grid: tuple[int, int],
     timestep: int,
 ) -> Tensor:
     """What the processor for diffusers makes of a layer's tokens with its weights, matched by `metric`."""
-    finest = min(layer.level for layer in ldm.find_layers(unet))
     attn = Attention(CHANNELS, heads=HEADS, dim_head=CHANNELS // HEADS).double()
     attn.load_state_dict(layer.block.attn1.state_dict())
-    phase = phase_at(config.phases, 1 - timestep / 1000)
-    parts = {level if level > 0 else finest - level: phase.on(level) for level in phase.levels or (0,)}
-    block = Block({}, layer.level, ())
-    if part := parts.get(layer.level):
-        key = step_key(config.seed, float(timestep)) if config.use_rand else None
-        places = destinations(grid, part.cell_on(grid), key, "cpu")
-        block.plans[layer.level] = Plan(part, config.ratio_of(part), grid, places)
-        block.x = metric
-    return AgentSDProcessor(AttnProcessor2_0(), block)(attn, n)
+    planner = Planner(config, (found.level for found in ldm.find_layers(unet)))
+    plan = planner.plan(layer.level, grid, timestep, 1000, "cpu")
+    state = BlockState({layer.level: plan} if plan else {}, layer.level, metric)
+    return AgentSDProcessor(AttnProcessor2_0(), state)(attn, n)

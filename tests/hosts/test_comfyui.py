@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import agentsd.integrations
-from agentsd import AgentSDConfig, Phase
-from agentsd.integrations import ldm
+import agentsd
+from agentsd import AgentSDConfig, Merge, Phase, StepCache
+from agentsd.hosts import ldm
 from ldm_host import (
-    KV,
+    GROUPS,
     STOCK,
     VARIANTS,
     Model,
@@ -35,7 +35,7 @@ from ldm_host import (
     sample,
 )
 
-FOLDER = Path(agentsd.integrations.__file__).parent / "comfyui"
+FOLDER = Path(ldm.__file__).parent / "comfyui"
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,15 @@ def load(folder: Path, name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def node(comfy_attention: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`node(model, preset="paper", **knobs)`, what the linked folder's node returns."""
+    """`node(model, preset="paper", **inputs)`, what the linked folder's node returns."""
     link = tmp_path_factory.mktemp("custom_nodes") / "agentsd"
     link.symlink_to(FOLDER, target_is_directory=True)
     kind = load(link, "/comfyui/custom_nodes/agentsd").NODE_CLASS_MAPPINGS["AgentSD"]
     required = kind.INPUT_TYPES()["required"]
 
-    def run(model: Any, **knobs: Any) -> Any:
+    def run(model: Any, **given: Any) -> Any:
         defaults = {name: limits["default"] for name, (_, limits) in required.items() if name != "model"}
-        (out,) = getattr(kind(), kind.FUNCTION)(model=model, **defaults | knobs)
+        (out,) = getattr(kind(), kind.FUNCTION)(model=model, **defaults | given)
         return out
 
     return run
@@ -151,7 +151,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("config", "reads"), [(AgentSDConfig(), 1), (KV, 1), (KV.replace(use_rand=False), 0)])
+@pytest.mark.parametrize(("config", "reads"), [(AgentSDConfig(), 1), (GROUPS, 1), (GROUPS.replace(seed=None), 0)])
 def test_the_noise_level_is_read_once_a_call_at_most(model: ModelPatcher, config: AgentSDConfig, reads: int) -> None:
     patched = attach(model, config)
     x, context = inputs()
@@ -168,18 +168,18 @@ def test_timesteps_are_those_of_the_schedule() -> None:
         assert clock.timestep(sigma, sampling.log_sigmas) == sampling.timestep(sigma).item() == timestep
 
 
-def test_what_other_nodes_have_changed_is_left_to_them(
+def test_what_other_nodes_have_changed_is_skipped(
     model: ModelPatcher, node: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     x, context = inputs()
-    place = next(layer.place for layer in ldm.find_layers(model.model.diffusion_model))
+    module = next(layer.module for layer in ldm.find_layers(model.model.diffusion_model))
     other = model.clone()
-    other.set_model_attn1_replace(lambda q, k, v, extra: v, *place)
+    other.set_model_attn1_replace(lambda q, k, v, extra: v, *module)
     with caplog.at_level(logging.WARNING):
         both = node(other)
-    assert f"{place[0]} {place[1]} alone" in caplog.text
+    assert f"AgentSD skips the self-attention of {module[0]} {module[1]}:" in caplog.text
     calls = layer_calls(model.model.diffusion_model, "to_out", lambda: sample(both, x, 9.0, context))
-    (layer, _, n, out), *_ = (call for call in calls if call[0].place == place)
+    (layer, _, n, out), *_ = (call for call in calls if call[0].module == module)
     assert torch.equal(out, layer.block.attn1.to_out(layer.block.attn1.to_v(n)))
 
     # As reference images do: the keys and values are those of more tokens.
@@ -198,19 +198,19 @@ def test_what_other_nodes_have_changed_is_left_to_them(
 def test_what_cannot_be_done_is_said(model: ModelPatcher, node: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="Linear; it must be a UNet"):
         node(ModelPatcher(Model(nn.Linear(1, 1))))
-    with pytest.raises(ValueError, match=r"levels is \[7\]"):
+    with pytest.raises(ValueError, match=r"levels is \[\[7\]\]"):
         attach(model, AgentSDConfig(phases=(Phase(levels=(7,)),)))
-    with pytest.raises(ValueError, match="merge_mlp is true"):
-        attach(model, AgentSDConfig(phases=(Phase(merge_mlp=True),)))
-    for reuse in (AgentSDConfig.from_preset("turbo"), AgentSDConfig(cross_reuse_from=0.5)):
-        with pytest.raises(ValueError, match="is for diffusers only"):
-            attach(model, reuse)
+    with pytest.raises(ValueError, match=r"parts is \['mlp'\]; there are hooks for attn only"):
+        attach(model, AgentSDConfig(phases=(Phase(attention=Merge(parts=("mlp",))),)))
+    for config in (AgentSDConfig.from_preset("turbo"), AgentSDConfig(steps=(StepCache(),))):
+        with pytest.raises(ValueError, match="the step cache is for diffusers only"):
+            attach(model, config)
     assert "turbo" not in ldm.presets()
     with pytest.raises(ValueError, match=r"ratio is 0\.8; with stride 2"):
         node(model, preset="custom", ratio=0.8)
 
 
-def test_custom_knobs_make_the_published_configuration(model: ModelPatcher, node: Callable[..., Any]) -> None:
+def test_custom_inputs_make_the_published_configuration(model: ModelPatcher, node: Callable[..., Any]) -> None:
     x, context = inputs()
     for sigma in (9.0, 0.5):
         assert torch.equal(
@@ -272,10 +272,10 @@ def test_current_schema_says_what_the_older_one_says(comfy_attention: None, monk
     assert len(schema.outputs) == 1
     x, context = inputs()
     patcher = ModelPatcher(Model(UNetModel().double()))
-    knobs = {item.id: item.limits["default"] for item in schema.inputs if item.id != "model"}
-    (accelerated,) = kind.execute(model=patcher, **knobs).result
+    defaults = {item.id: item.limits["default"] for item in schema.inputs if item.id != "model"}
+    (accelerated,) = kind.execute(model=patcher, **defaults).result
     assert not torch.equal(sample(accelerated, x, 9.0, context), sample(patcher, x, 9.0, context))
-    (same,) = kind.execute(model=patcher, **knobs | {"enabled": False}).result
+    (same,) = kind.execute(model=patcher, **defaults | {"enabled": False}).result
     assert same is patcher
 
 

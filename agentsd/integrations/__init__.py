@@ -1,1 +1,0 @@
-"""Hosts other than diffusers: thin adapters on the same core."""
