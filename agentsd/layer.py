@@ -1,5 +1,6 @@
 """One transformer block in one call: its token maps, and its self-attention under a plan. For every host."""
 
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -74,27 +75,16 @@ class BlockState:
         return self._map
 
     def merge_part(
-        self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of a part of the block: it computes merged tokens."""
+        """Forward pre-hook of the cross-attention or the feed-forward part: it computes merged tokens."""
         plan = self.plan(args[0])
-        merged = self.merged(plan) if plan and part in plan.parts else None
-        return ((merged.merge(args[0]), *args[1:]), kwargs) if merged else None
-
-    def merge_crossattn(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the cross-attention: its queries are merged tokens."""
         # An IP-Adapter's masks are laid out on the whole grid.
-        if kwargs.get("encoder_hidden_states") is None or kwargs.get("ip_adapter_masks") is not None:
+        whole = kwargs.get("encoder_hidden_states") is None or kwargs.get("ip_adapter_masks") is not None
+        if plan is None or part not in plan.parts or (part == "crossattn" and whole):
             return None
-        return self.merge_part("crossattn", args, kwargs)
-
-    def merge_mlp(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the feed-forward part."""
-        return self.merge_part("mlp", args, kwargs)
+        merged = self.merged(plan)
+        return ((merged.merge(args[0]), *args[1:]), kwargs) if merged else None
 
     def unmerge(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         """Forward hook of a part that may have been called with merged tokens."""
@@ -104,12 +94,9 @@ class BlockState:
         """Put on a transformer block the hooks that merging these parts of it needs."""
         handles = [block.norm1.register_forward_pre_hook(self.remember)]
         last = block.attn1
-        for name, module, merge in (
-            ("crossattn", block.attn2, self.merge_crossattn),
-            ("mlp", block.ff, self.merge_mlp),
-        ):
-            if name in parts and module is not None:
-                handles.append(module.register_forward_pre_hook(merge, with_kwargs=True))
+        for part, module in (("crossattn", block.attn2), ("mlp", block.ff)):
+            if part in parts and module is not None:
+                handles.append(module.register_forward_pre_hook(partial(self.merge_part, part), with_kwargs=True))
                 handles.append(module.register_forward_hook(self.unmerge))
                 last = block.ff
         handles.append(last.register_forward_hook(self.forget))

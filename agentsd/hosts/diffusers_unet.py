@@ -152,13 +152,8 @@ class AgentSDProcessor:
         hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", None)
         other = encoder_hidden_states is not None or attention_mask is not None or hooks
         if plan is None or plan.attention is None or other:
-            out: Tensor = self.inner(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
+            masks = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
+            out: Tensor = self.inner(attn, hidden_states, **masks, **kwargs)
             return out
         return accelerated_attention(hidden_states, plan, self.state, Layer(attn, self.inner, self.attend, kwargs))
 

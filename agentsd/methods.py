@@ -1,0 +1,213 @@
+"""Ways to make an image, by name: stock, the floor, a preset or configuration, a peer. One grammar for every tool."""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from agentsd import checks
+from agentsd.api import apply
+from agentsd.config import AgentSDConfig
+from agentsd.hosts.diffusers_unet import find_layers
+from agentsd.results import version
+
+PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
+# The peers' options and what they are unless told otherwise.
+PEER_OPTIONS: dict[str, dict[str, Any]] = {
+    "tomesd": {
+        "ratio": 0.5,
+        "max_downsample": 1,
+        "sx": 2,
+        "sy": 2,
+        "use_rand": True,
+        "merge_attn": True,
+        "merge_crossattn": False,
+        "merge_mlp": False,
+    },
+    "deepcache": {"cache_interval": 3, "cache_branch_id": 0, "skip_mode": "uniform"},
+    "tgate": {"gate_step": 10, "sp_interval": 5, "fi_interval": 1, "warm_up": 2},
+}
+_FLOOR = {"of": "paper", "levels": None}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make images.
+
+    Attributes:
+        text: as it was asked for, `name:key=value,key=value`.
+        settings: the whole configuration, so that the name is not needed to repeat it, with the version of a peer.
+    """
+
+    text: str
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """`stock`, `floor`, `xformers`, a preset, a YAML file or a peer."""
+        return self.text.partition(":")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings without the version of a peer."""
+        return {key: value for key, value in self.settings.items() if key != "version"}
+
+    @property
+    def config(self) -> AgentSDConfig | None:
+        """The configuration of a preset or file."""
+        ours = self.name not in ("stock", "floor", "xformers", *PEERS)
+        return AgentSDConfig.from_dict(self.settings) if ours else None
+
+    @property
+    def folder(self) -> str:
+        """A name for files."""
+        return re.sub(r"[^\w.=+]+", "-", self.text).strip("-")
+
+    @property
+    def sha256(self) -> str:
+        """Of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """`name:key=value,key=value` → the name and the options, their values read as YAML; lists are written [1+2]."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for assignment in filter(None, rest.split(",")):
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"method is {text!r}; options are written name:key=value,key=value")
+        options[key] = yaml.safe_load(value.replace("+", ", ") if value.startswith("[") else value)
+    return name, options
+
+
+def method(text: str) -> Method:
+    """Look a method up.
+
+    Args:
+        text: `stock`, `floor` (the self-attention of the levels that `of` covers, or of `levels`, is left out),
+            `xformers`, a preset, a YAML file or a peer; keys of a configuration are those of `AgentSDConfig.assign`.
+
+    Raises:
+        ValueError: it does not exist, or an option is none of its fields.
+        OSError: a file cannot be read.
+    """
+    name, options = parse(text)
+    if name in ("stock", "xformers") and options:
+        raise ValueError(f"method is {text!r}; {name} has no options")
+    if name in ("stock", "xformers"):
+        return Method(text, {})
+    known = PEER_OPTIONS | {"floor": _FLOOR}
+    if name in known:
+        checks.known_fields(f"method {text!r}: {name}", options, known[name])
+        found = {"version": version(PEERS[name])} if name in PEERS else {}
+        return Method(text, found | known[name] | options)
+    config = configuration(name)
+    try:
+        return Method(text, config.assign(options).to_dict())
+    except ValueError as error:
+        raise ValueError(f"method {text!r}: {error}") from None
+
+
+def configuration(name: str) -> AgentSDConfig:
+    """A preset, or the configuration in a YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        return AgentSDConfig.from_file(name)
+    presets = AgentSDConfig.presets()
+    if name not in presets:
+        names = ("stock", "floor", "xformers", *presets, *PEERS)
+        raise ValueError(f"method is {name!r}; it must be one of {', '.join(names)}, or a YAML file")
+    return AgentSDConfig.from_preset(name)
+
+
+def missing(wanted: Sequence[Method]) -> dict[str, str]:
+    """The package that each method needs and that is not installed."""
+    packages = PEERS | {"xformers": "xformers"}
+    return {m.text: packages[m.name] for m in wanted if m.name in packages and version(packages[m.name]) is None}
+
+
+def own_copy(pipe: Any) -> Any:
+    """A pipeline with a UNet and a scheduler of its own, which shares the weights."""
+    shared = (*pipe.unet.parameters(), *pipe.unet.buffers())
+    own = copy.copy(pipe)
+    own.register_modules(
+        unet=copy.deepcopy(pipe.unet, {id(tensor): tensor for tensor in shared}),
+        scheduler=copy.deepcopy(pipe.scheduler),
+    )
+    return own
+
+
+def prepared(pipe: Any, wanted: Method) -> Callable[..., Any]:
+    """A function that is called as the pipeline and draws with a method.
+
+    It works on a UNet of its own, which shares its weights with the pipeline's, so that no method meets what another
+    one has left behind. What it draws depends on its arguments alone.
+    """
+    own = own_copy(pipe)
+    options = wanted.options
+    if config := wanted.config:
+        return apply(own, config)
+    if wanted.name == "floor":
+        leave_out_attention(own.unet, options)
+    elif wanted.name == "xformers":
+        own.unet.enable_xformers_memory_efficient_attention()
+    elif wanted.name == "tomesd":
+        return partial(_tomesd, own, options)
+    elif wanted.name == "deepcache":
+        from DeepCache import DeepCacheSDHelper
+
+        helper = DeepCacheSDHelper(own)
+        helper.set_params(**options)
+        helper.enable()
+    elif wanted.name == "tgate":
+        import tgate
+
+        load = tgate.TgateSDXLLoader if "XL" in type(own).__name__ else tgate.TgateSDLoader
+        return partial(load(own).tgate, **options)
+    return own
+
+
+class _Identity:
+    """A self-attention that costs nothing."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+def leave_out_attention(unet: nn.Module, options: dict[str, Any]) -> None:
+    """Replace self-attention by the identity at `levels` (a number, a list or `all`), or where the preset `of` acts."""
+    layers = find_layers(unet)
+    present = {layer.level for layer in layers}
+    levels = options["levels"]
+    if levels is None:
+        from agentsd.planning import Planner
+
+        covered = Planner(configuration(str(options["of"])), present, type(unet).__name__).covered
+    else:
+        covered = frozenset(present if levels == "all" else levels if isinstance(levels, list) else [levels])
+    for layer in layers:
+        if layer.level in covered:
+            layer.block.attn1.set_processor(_Identity())  # type: ignore[arg-type]
+
+
+def _tomesd(pipe: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Draw with tomesd, whose random places would otherwise follow from all that ran before in the process."""
+    with torch.random.fork_rng():
+        put_tomesd(pipe, options)
+        return pipe(*args, **kwargs)
+
+
+def put_tomesd(pipe: Any, options: dict[str, Any]) -> None:
+    """Patch a pipeline with tomesd, and seed the generator that it will fork."""
+    import tomesd
+
+    torch.manual_seed(0)
+    tomesd.apply_patch(pipe, **options)

@@ -1,0 +1,162 @@
+"""Files that appear complete or not at all, the environment of a measurement, and measured tables in documents."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+
+def _write(path: Path, content: bytes, *, replace: bool) -> None:
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if replace:
+            os.replace(unfinished, path)
+        else:
+            _link(unfinished, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _link(unfinished: Path, path: Path) -> None:
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: claim the name, then replace the claim
+        path.touch(exist_ok=False)
+        os.replace(unfinished, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all; an OSError names it."""
+    _write(path, content, replace=True)
+
+
+def claim(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all; FileExistsError if the name is taken."""
+    _write(path, content, replace=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8, complete or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ValueError names the file if it is not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+
+
+def png(image: "Image", text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file with text chunks; the same image and text make the same bytes."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def write_image(path: Path, image: "Image", *, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG file with text chunks, complete or not at all."""
+    write_bytes(path, png(image, text))
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure in the format of the file's suffix, complete or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    stream = BytesIO()
+    # Without a date, the same figure makes the same bytes.
+    date = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(stream, format=path.suffix[1:], metadata=date)
+    plt.close(figure)
+    write_bytes(path, stream.getvalue())
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def put_between(document: Path, mark: str, text: str) -> None:
+    """Replace what is between the lines `<!-- mark … -->` and `<!-- /mark -->` of a document.
+
+    Raises:
+        ValueError: the document has no such lines.
+    """
+    before = document.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {re.escape(mark)}[^>\n]*-->\n).*?(<!-- /{re.escape(mark)} -->)", re.DOTALL)
+    after, count = pattern.subn(lambda found: f"{found[1]}\n{text.strip()}\n\n{found[2]}", before)
+    if not count:
+        raise ValueError(f"{document} has no lines <!-- {mark} --> and <!-- /{mark} --> to put tables between")
+    write_text(document, after)
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Date, versions, device, threads and commit."""
+    import torch
+
+    names = ("torch", "diffusers", "transformers", "agentsd", "tomesd", "DeepCache", "tgate")
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        **{name: found for name in names if (found := version(name))},
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
+        "driver": _driver() if cuda else None,
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
