@@ -7,7 +7,7 @@ import platform
 import re
 import secrets
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
@@ -109,18 +109,32 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def put_between(document: Path, mark: str, text: str) -> None:
-    """Replace what is between the lines `<!-- mark … -->` and `<!-- /mark -->` of a document.
+def filled(document: Path, mark: str, text: str | Callable[[list[str]], str]) -> str:
+    """A document with another text between the lines `<!-- mark WORD … -->` and `<!-- /mark -->`.
+
+    Args:
+        document: where it is.
+        mark: the first word of the lines.
+        text: what to put there, or what makes it of the words after the mark.
 
     Raises:
         ValueError: the document has no such lines.
     """
-    before = document.read_text(encoding="utf-8")
-    pattern = re.compile(rf"(<!-- {re.escape(mark)}[^>\n]*-->\n).*?(<!-- /{re.escape(mark)} -->)", re.DOTALL)
-    after, count = pattern.subn(lambda found: f"{found[1]}\n{text.strip()}\n\n{found[2]}", before)
+    pattern = re.compile(rf"(<!-- {re.escape(mark)} ([^>\n]*)-->\n).*?(<!-- /{re.escape(mark)} -->)", re.DOTALL)
+
+    def put(found: re.Match[str]) -> str:
+        content = text if isinstance(text, str) else text(found[2].split())
+        return f"{found[1]}\n{content.strip()}\n\n{found[3]}"
+
+    after, count = pattern.subn(put, document.read_text(encoding="utf-8"))
     if not count:
         raise ValueError(f"{document} has no lines <!-- {mark} --> and <!-- /{mark} --> to put tables between")
-    write_text(document, after)
+    return after
+
+
+def put_between(document: Path, mark: str, text: str) -> None:
+    """Replace what is between the lines `<!-- mark … -->` and `<!-- /mark -->` of a document."""
+    write_text(document, filled(document, mark, text))
 
 
 def version(package: str) -> str | None:

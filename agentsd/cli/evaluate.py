@@ -34,132 +34,79 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of every subcommand."""
     from agentsd.evaluation.protocols import NETWORKS, PAIRS, names
 
-    parser = Parser(
-        prog=PROGRAM,
-        description="Measure what an acceleration does to the images.",
-        epilog=EXAMPLES,
-        formatter_class=formatter,
-    )
+    about = "Measure what an acceleration does to the images."
+    parser = Parser(prog=PROGRAM, description=about, epilog=EXAMPLES, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    methods: dict[str, Any] = {"action": "append", "metavar": "NAME[:KEY=VALUE,…]"}
+    files: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    numbers: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
     what = Parser(add_help=False)
-    group = what.add_argument_group("what to make")
-    group.add_argument(
-        "--protocol", default="demo", metavar="NAME|FILE", help=f"{', '.join(names())}, or a .yaml file (default: demo)"
-    )
-    group.add_argument(
-        "--method",
-        action="append",
-        metavar="NAME[:KEY=VALUE,…]",
-        help="these methods instead of the protocol's: stock, a preset or a peer; a key 0/key is of the first phase "
-        "alone; repeatable",
-    )
-    group.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each method")
-    group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: the protocol's)")
-    group.add_argument(
-        "--captions", type=Path, metavar="FILE", help="for protocols that draw captions: .json of COCO, .tsv or .txt"
-    )
-    group = what.add_argument_group("model")
-    group.add_argument("--model", metavar="MODEL", help="what agentsd-generate --model takes (default: the protocol's)")
-    group.add_argument("--model-config", metavar="FOLDER", help="for a single file: where its configuration is")
-    group.add_argument("--allow-pickle", action="store_true", help="load pickled weights too")
-    group.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 (default: the protocol's)")
-    group.add_argument("--batch-size", type=whole(1), metavar="N", help="images made at once (default: the protocol's)")
-    group.add_argument(
-        "--threads",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="on a CPU, of each process; they are part of what the images depend on (default: 1)",
-    )
+    add = what.add_argument_group("what to make").add_argument
+    every = f"{', '.join(names())}, or a .yaml file (default: demo)"
+    add("--protocol", default="demo", metavar="NAME|FILE", help=every)
+    add("--method", **methods, help="these instead of the protocol's: stock, a preset or a peer; repeatable")
+    add("--limit", **numbers, help="only the first N images of each method")
+    add("--steps", **numbers, help="denoising steps (default: the protocol's)")
+    add("--captions", **files, help="for protocols that draw captions: .json of COCO, .tsv or .txt")
+    add = what.add_argument_group("model").add_argument
+    add("--model", metavar="MODEL", help="what agentsd-generate --model takes (default: the protocol's)")
+    add("--model-config", metavar="FOLDER", help="for a single file: where its configuration is")
+    add("--allow-pickle", action="store_true", help="load pickled weights too")
+    add("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 (default: the protocol's)")
+    add("--batch-size", **numbers, help="images made at once (default: the protocol's)")
+    add("--threads", **numbers, default=1, help="of each process on a CPU; the images depend on them (default: 1)")
 
     where = Parser(add_help=False)
-    group = where.add_argument_group("where")
-    group.add_argument("--output", type=Path, metavar="FOLDER", help="of the run (default: runs/PROTOCOL)")
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: the best there is)")
-    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    add = where.add_argument_group("where").add_argument
+    add("--output", type=Path, metavar="FOLDER", help="of the run (default: runs/PROTOCOL)")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: the best there is)")
+    add("--quiet", action="store_true", help="no progress bars")
 
     how = Parser(add_help=False)
-    group = how.add_argument_group("scores")
-    group.add_argument(
-        "--reference",
-        type=Path,
-        metavar="FOLDER|FILE.npz",
-        help="real images, or their mean and covariance as pytorch-fid saves them",
-    )
-    group.add_argument(
-        "--inception-weights", type=Path, metavar="FILE", help="FID's Inception (default: torch-fidelity's download)"
-    )
-    group.add_argument(
-        "--lpips-weights",
-        type=Path,
-        metavar="FILE",
-        help="torchvision's weights of LPIPS's network (default: its download)",
-    )
-    group.add_argument("--clip", metavar="FOLDER|ID", help="CLIP for transformers (default: the protocol's)")
-    group.add_argument("--dinov2", metavar="FOLDER|ID", help="DINOv2 for transformers (default: the protocol's)")
-    group.add_argument("--checker", type=Path, metavar="FILE", help="another attribute checker for the embedded model")
-    group.add_argument("--features", nargs="*", metavar="NAME", help=f"{', '.join(NETWORKS)} instead of the protocol's")
-    group.add_argument("--pairs", nargs="*", metavar="NAME", help=f"{', '.join(PAIRS)} instead of the protocol's")
-    group.add_argument(
-        "--allow-singular", action="store_true", help="Fréchet distances of fewer images than features too"
-    )
-    group.add_argument(
-        "--bootstrap", type=whole(1), metavar="N", help="resamples behind the intervals (default: the protocol's)"
-    )
-    group.add_argument(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="features, by the hash of what they are of (default: ~/.cache/agentsd)",
-    )
+    add = how.add_argument_group("scores").add_argument
+    real = "real images, or their mean and covariance as pytorch-fid saves them"
+    add("--reference", type=Path, metavar="FOLDER|FILE.npz", help=real)
+    add("--inception-weights", **files, help="FID's Inception (default: torch-fidelity's download)")
+    add("--lpips-weights", **files, help="torchvision's weights of LPIPS's network (default: its download)")
+    add("--clip", metavar="FOLDER|ID", help="CLIP for transformers (default: the protocol's)")
+    add("--dinov2", metavar="FOLDER|ID", help="DINOv2 for transformers (default: the protocol's)")
+    add("--checker", **files, help="another attribute checker for the embedded model")
+    add("--features", nargs="*", metavar="NAME", help=f"{', '.join(NETWORKS)} instead of the protocol's")
+    add("--pairs", nargs="*", metavar="NAME", help=f"{', '.join(PAIRS)} instead of the protocol's")
+    add("--allow-singular", action="store_true", help="Fréchet distances of fewer images than features too")
+    add("--bootstrap", **numbers, help="resamples behind the intervals (default: the protocol's)")
+    add("--cache", type=Path, metavar="FOLDER", help="of features, by the hash of images (default: ~/.cache/agentsd)")
 
-    def add(name: str, help: str, *parents: Parser) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".", parents=parents, formatter_class=formatter
-        )
+    def subcommand(name: str, text: str, *parents: Parser) -> argparse.ArgumentParser:
+        about = f"{text[0].upper()}{text[1:]}."
+        return commands.add_parser(name, help=text, description=about, parents=parents, formatter_class=formatter)
 
-    add("run", "generate, score and report", what, where, how)
-    add("generate", "make the images; what is finished is kept", what, where)
-    score = add("score", "score the images of a run, or folders of images", where, how)
-    score.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: --output)")
-    score.add_argument(
-        "--images",
-        action="append",
-        metavar="NAME=FOLDER",
-        help="folders instead of a run; the first is stock, whose images the others' are compared with in the order of "
-        "their names; repeatable",
-    )
-    score.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each method")
-    error = add("error", "how far each method's attention is from the stock attention, by level and noise level", where)
-    error.add_argument("--model", default="demo", metavar="MODEL", help="what agentsd-generate takes (default: demo)")
-    error.add_argument(
-        "--method",
-        action="append",
-        metavar="NAME[:KEY=VALUE,…]",
-        help="a preset or tomesd; kv and merge for short; pooled, nystrom and skipped for comparison; repeatable "
-        "(default: all of the table)",
-    )
-    error.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: scenes)")
-    error.add_argument("--prompts", type=whole(1), default=6, metavar="N", help="scenes to draw (default: 6)")
-    error.add_argument("--steps", type=whole(1), default=20, metavar="N", help="(default: 20)")
-    error.add_argument("--guidance-scale", type=number, default=4.0, metavar="G", help="(default: 4)")
-    error.add_argument("--dtype", metavar="DTYPE", help="(default: float16 on cuda, else float32)")
-    error.add_argument("--threads", type=whole(1), metavar="N", help="on a CPU (default: torch's)")
-    report = add("report", "write the report of a results.json again, or print its table")
-    report.add_argument(
-        "results", nargs="?", type=Path, metavar="RESULTS", help="results.json, the folder of a run, or errors.json"
-    )
-    report.add_argument("--table", action="store_true", help="print the table in Markdown and write nothing")
-    report.add_argument("--columns", nargs="+", metavar="KEY", help="only these scores in the table")
-    report.add_argument(
-        "--into",
-        nargs="+",
-        type=Path,
-        metavar="TEXT",
-        help="make the tables of texts again, between <!-- agentsd-eval FILE.json COLUMN … --> and "
-        "<!-- /agentsd-eval -->",
-    )
+    subcommand("run", "generate, score and report", what, where, how)
+    subcommand("generate", "make the images; what is finished is kept", what, where)
+    add = subcommand("score", "score the images of a run, or folders of images", where, how).add_argument
+    add("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: --output)")
+    folders = "folders instead of a run, pictures in the order of their names; the first is stock; repeatable"
+    add("--images", action="append", metavar="NAME=FOLDER", help=folders)
+    add("--limit", **numbers, help="only the first N images of each method")
+    about = "how far each method's attention is from the stock attention, by level and noise level"
+    add = subcommand("error", about, where).add_argument
+    add("--model", default="demo", metavar="MODEL", help="what agentsd-generate --model takes (default: demo)")
+    some = "a preset, tomesd, kv, merge, or skipped: no attention; repeatable (default: all of the table)"
+    add("--method", **methods, help=some)
+    add("--prompt", action="append", metavar="TEXT", help="repeatable (default: scenes)")
+    add("--prompts", **numbers, default=6, help="scenes to draw (default: 6)")
+    add("--steps", **numbers, default=20, help="(default: 20)")
+    add("--guidance-scale", type=number, default=4.0, metavar="G", help="(default: 4)")
+    add("--dtype", metavar="DTYPE", help="(default: float16 on cuda, else float32)")
+    add("--threads", **numbers, help="on a CPU (default: torch's)")
+    add = subcommand("report", "write the report of a results.json again, or print its table").add_argument
+    what_file = "results.json, the folder of a run, or errors.json"
+    add("results", nargs="?", type=Path, metavar="RESULTS", help=what_file)
+    add("--table", action="store_true", help="print the table in Markdown and write nothing")
+    add("--columns", nargs="+", metavar="KEY", help="only these scores in the table")
+    marks = "renew the tables of documents, between <!-- agentsd-eval FILE.json COLUMN … --> and <!-- /agentsd-eval -->"
+    add("--into", nargs="+", type=Path, metavar="DOCUMENT", help=marks)
     return parser
 
 

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from agentsd import checks
 from agentsd.api import apply
 from agentsd.drawing import UNetCall, draw, record_calls
 from agentsd.evaluation.metrics import pair_distances
 from agentsd.evaluation.pictures import as_tensor
 from agentsd.hosts.diffusers_unet import SelfAttentionLayer, find_layers
-from agentsd.methods import Method, method, own_copy, prepared
+from agentsd.methods import Method, leave_out_attention, method, own_copy, parse, prepared, put_tomesd
 from agentsd.results import markdown_table, write_json, write_text
 
 VARIANTS = (
@@ -35,64 +36,38 @@ VARIANTS = (
     "kv:stride=8",
     "fast",
     "pooled:stride=4",
-    "nystrom:stride=4",
-    "skipped",
+    "floor",
 )
 # name: the preset that it is short for, with these options before its own
 SHORT = {"merge": ("paper", "0/attention=merge,0/stride=2"), "kv": ("faithful", "")}
 IDENTICAL = 999.0  # dB in JSON, which has no infinity
 
 
-def _means(tokens: Tensor, stride: int) -> Tensor:
-    """Means of the cells of a square grid: B×N×C → B×n×C."""
+def pooled(attn: Any, tokens: Tensor, *_: Any, stride: int = 4, **__: Any) -> Tensor:
+    """Keys and values averaged over cells of a square grid, without matching (as token downsampling does it)."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
     side = round(tokens.shape[1] ** 0.5)
     image = tokens.transpose(1, 2).unflatten(2, (side, side))
-    return F.avg_pool2d(image, min(stride, side)).flatten(2).transpose(1, 2)
-
-
-def _heads(attn: nn.Module, tokens: Tensor) -> Tensor:
-    return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-
-def pooled(attn: Any, tokens: Tensor, *_: Any, stride: int = 4, **__: Any) -> Tensor:
-    """Keys and values averaged over cells, without matching and without sizes (as token downsampling does it)."""
-    few = _means(tokens, stride)
-    q, k, v = _heads(attn, attn.to_q(tokens)), _heads(attn, attn.to_k(few)), _heads(attn, attn.to_v(few))
+    means = F.avg_pool2d(image, min(stride, side)).flatten(2).transpose(1, 2)
+    q, k, v = heads(attn.to_q(tokens)), heads(attn.to_k(means)), heads(attn.to_v(means))
     return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def nystrom(attn: Any, tokens: Tensor, *_: Any, stride: int = 4, **__: Any) -> Tensor:
-    """Nyström attention with pooled landmarks (Xiong et al., AAAI 2021), the pseudo-inverse in the middle exact."""
-    few = _means(tokens, stride)
-    q, k, v = (_heads(attn, part(tokens)).float() for part in (attn.to_q, attn.to_k, attn.to_v))
-    q_few, k_few = (_heads(attn, part(few)).float() for part in (attn.to_q, attn.to_k))
-    scale = q.shape[-1] ** -0.5
-    to_few = (q @ k_few.transpose(-1, -2) * scale).softmax(-1)
-    among = (q_few @ k_few.transpose(-1, -2) * scale).softmax(-1)
-    gathered = F.scaled_dot_product_attention(q_few, k, v)
-    out = to_few @ (torch.linalg.pinv(among) @ gathered)
-    return attn.to_out[0](out.to(tokens.dtype).transpose(1, 2).flatten(2))
-
-
-def skipped(attn: Any, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-    """No attention: every token keeps what it has."""
-    return tokens
-
-
-# Self-attention processors for comparison.
-BASELINES: dict[str, Callable[..., Tensor]] = {"pooled": pooled, "nystrom": nystrom, "skipped": skipped}
-
-
 def variant(text: str) -> Method:
-    """A method, a short name of `SHORT` or a baseline.
+    """A method, a short name of `SHORT`, or `pooled`.
 
     Raises:
         ValueError: there is none, or its attention is the stock one.
     """
     name, _, options = text.partition(":")
-    if name in BASELINES:
-        return _baseline(text)
-    if name in ("deepcache", "tgate", "stock"):
+    if name == "pooled":
+        given = parse(text)[1]
+        checks.known_fields(f"method {text!r}: {name}", given, ("stride",))
+        return Method(text, {"stride": 4} | given)
+    if name in ("stock", "deepcache", "tgate", "xformers"):
         raise ValueError(f"method is {text!r}; its attention is the stock one where it computes it at all")
     if name in SHORT:
         preset, first = SHORT[name]
@@ -149,17 +124,17 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     """
     own = own_copy(pipe)
     layers = find_layers(own.unet)
+    levels = tuple(sorted({layer.level for layer in layers}))
     if wanted is None:
         pass
-    elif wanted.name in BASELINES:
-        _put_baseline(wanted, layers)
+    elif wanted.name == "pooled":
+        _pool(wanted, layers)
+    elif wanted.name == "floor":
+        leave_out_attention(own.unet, {"levels": "all"})
     elif wanted.name == "tomesd":
         put_tomesd(own, wanted.options | {"max_downsample": 8})
-    else:
-        config = wanted.config
-        assert config is not None
+    elif config := wanted.config:
         if all(phase.levels == (0,) for phase in config.phases):
-            levels = tuple(sorted({layer.level for layer in layers}))
             phases = [dataclasses.replace(phase, levels=levels, min_tokens=1) for phase in config.phases]
             config = config.replace(phases=phases)
         apply(own, config.replace(steps=()))
@@ -169,19 +144,19 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     return unet
 
 
-def _put_baseline(wanted: Method, layers: Sequence[SelfAttentionLayer]) -> None:
+def _pool(wanted: Method, layers: Sequence[SelfAttentionLayer]) -> None:
     for layer in layers:
-        layer.block.attn1.set_processor(partial(BASELINES[wanted.name], **wanted.options))
+        layer.block.attn1.set_processor(partial(pooled, **wanted.options))  # type: ignore[arg-type]
 
 
 def _drawing(pipe: Any, wanted: Method) -> Callable[..., Any]:
-    """A pipeline with a method where it is meant to be: baselines at the finest level."""
-    if wanted.name not in BASELINES:
+    """A pipeline with a method where it is meant to be; `pooled` at the finest level."""
+    if wanted.name != "pooled":
         return prepared(pipe, wanted)
     own = own_copy(pipe)
     layers = find_layers(own.unet)
     finest = min(layer.level for layer in layers)
-    _put_baseline(wanted, [layer for layer in layers if layer.level == finest])
+    _pool(wanted, [layer for layer in layers if layer.level == finest])
     return own
 
 
@@ -218,11 +193,12 @@ def measure(
         drawn = draw(call, prompts, seeds, num_inference_steps=steps, guidance_scale=guidance)
         return torch.stack([as_tensor(image) for image in drawn.images])
 
+    pipe.set_progress_bar_config(disable=True)
     own = own_copy(pipe)
     with record_calls(own.unet) as calls:
         stock = images(own)
     horizon = pipe.scheduler.config.num_train_timesteps
-    progress = [1 - float(call.timestep) / horizon for call in calls]
+    progress = [1 - call.timestep / horizon for call in calls]
     nearest = [min(range(len(calls)), key=lambda i: abs(progress[i] - wanted)) for wanted in at]
     chosen = [calls[i] for i in nearest]
     layers = find_layers(own.unet)

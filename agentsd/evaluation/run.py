@@ -81,8 +81,7 @@ def make(
     """Make the images of a protocol that are not finished; every process of `state` calls this.
 
     Args:
-        protocol: what to make.
-        methods: of the protocol, those to make here.
+        protocol, methods: what to make; the methods are those of the protocol that are installed.
         source: the model.
         output: folder of the run.
         state: `accelerate.PartialState`.
@@ -142,19 +141,15 @@ def score_run(
     notes: Sequence[str] = (),
     command: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Score the images of a run.
+    """The result for `report.write` of the images of a run.
 
     Args:
         folder: of the run.
         scorer: measures.
-        methods: None is all that were made.
-        limit: only the first images of each; None is as many as were made.
+        methods, limit: which images; None is all that were made.
         reference: folder or statistics of real images.
         notes: sentences for the report.
         command: what was typed, for the record.
-
-    Returns:
-        The result, as `report.write` takes it.
     """
     run, protocol = read_run(folder)
     protocol = protocol.replace(scores=scorer.scores)
@@ -210,22 +205,9 @@ def picture_sets(folders: dict[str, Path], limit: int | None = None) -> dict[str
 
 
 def score_folders(
-    sets: dict[str, list[Path]],
-    scorer: Scorer,
-    output: Path,
-    *,
-    reference: Path | None = None,
-    command: Sequence[str] = (),
+    sets: dict[str, list[Path]], scorer: Scorer, output: Path, reference: Path | None, command: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Score sets of pictures; the first is stock, whose pictures the others' are compared with in their order.
-
-    Args:
-        sets: name → pictures.
-        scorer: measures.
-        output: folder of the report, which is made.
-        reference: folder or statistics of real images.
-        command: what was typed, for the record.
-    """
+    """The result for `report.write` in `output` of pictures by name; the first are stock's, compared in their order."""
     output.mkdir(parents=True, exist_ok=True)
     result = score(sets, scorer, reference=Reference("images"), where=reference)
     _name_pictures(result, sets, output)

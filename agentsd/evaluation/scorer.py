@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -188,7 +189,7 @@ class Scorer:
         return found
 
 
-def _rendered(scenes: Sequence[object], seed: int, batch: int = 32) -> Iterable[Tensor]:
+def _rendered(scenes: list[Any], seed: int, batch: int = 32) -> Iterable[Tensor]:
     from agentsd.demo.scenes import render
 
     for start in range(0, len(scenes), batch):

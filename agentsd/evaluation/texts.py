@@ -1,35 +1,31 @@
-"""Tables in texts, made from the files of results that they name."""
+"""Tables in documents, made from the files of results that they name."""
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from agentsd.evaluation import report
 from agentsd.evaluation.errors import tables
-from agentsd.evaluation.files import read_json
+from agentsd.results import filled, read_json, write_text
 
-PLACE = re.compile(r"<!-- agentsd-eval (\S+\.json)((?: [\w-]+)*) -->\n.*?<!-- /agentsd-eval -->", re.DOTALL)
+MARK = "agentsd-eval"
 
 
-def filled(text: Path) -> str:
-    """A text with what stands between `<!-- agentsd-eval FILE.json COLUMN … -->` and `<!-- /agentsd-eval -->` renewed.
+def renewed(document: Path) -> str:
+    """A document with new tables between `<!-- agentsd-eval FILE.json COLUMN … -->` and `<!-- /agentsd-eval -->`.
 
-    Args:
-        text: where it is; the paths of files in it start from its folder.
+    Paths start from the document's folder.
 
     Raises:
-        ValueError: it has no such place, or a file is not one of results.
+        ValueError: it has no such lines, or a file is not one of results.
     """
+    return filled(document, MARK, lambda words: summary(document.parent / words[0], words[1:]))
 
-    def renewed(found: re.Match[str]) -> str:
-        start, _, _ = found[0].partition("\n")
-        return f"{start}\n\n{summary(text.parent / found[1], found[2].split() or None)}\n\n<!-- /agentsd-eval -->"
 
-    result, places = PLACE.subn(renewed, text.read_text(encoding="utf-8"))
-    if not places:
-        raise ValueError(f"{text} has no place for a table: <!-- agentsd-eval FILE.json --> and <!-- /agentsd-eval -->")
-    return result
+def fill(documents: list[Path]) -> None:
+    """Renew the tables of documents; where one cannot be, none is written."""
+    for document, text in [(document, renewed(document)) for document in documents]:
+        write_text(document, text)
 
 
 def summary(path: Path, columns: list[str] | None = None) -> str:

@@ -23,16 +23,16 @@ import yaml
 from PIL import Image
 
 import agentsd
+from agentsd import results
 from agentsd.cli.evaluate import main
-from agentsd.evaluation import figures, files, generation, protocols, report, texts
-from agentsd.evaluation.files import is_finished, write_png
-from agentsd.evaluation.generation import Timing, timings
-from agentsd.evaluation.methods import method, prepared
+from agentsd.evaluation import figures, generation, pictures, protocols, report, texts
 from agentsd.evaluation.networks import Weights, load_clip, load_network
-from agentsd.evaluation.scoring import speeds
-from agentsd.refine import Refinement, save_refinements
+from agentsd.evaluation.pictures import is_finished, label
+from agentsd.evaluation.timing import Timing, speeds, timings
+from agentsd.methods import method
+from agentsd.results import write_image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
 METHODS = ["stock", "paper:ratio=0.4", "fast:stride=2"]
 PEER_METHODS = {"tomesd": "tomesd", "deepcache": "deepcache", "tgate": "tgate:gate_step=2"}
@@ -136,13 +136,13 @@ def test_demo_is_measured_at_every_ratio_beside_every_peer() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"stepps": 3}, "a protocol has no key 'stepps'; its keys are name, description"),
-        ({"prompts": {"source": "scenes", "number": 8, "sead": 1}}, "prompts has no key 'sead'"),
+        ({"stepps": 3}, "a protocol has no field 'stepps'; its fields are name, description"),
+        ({"prompts": {"source": "scenes", "number": 8, "sead": 1}}, "prompts has no field 'sead'"),
         ({"prompts": {"number": 8}}, "prompts.source is missing"),
         ({"prompts": {"source": "books", "number": 8}}, "prompts.source is 'books'; it must be one of scenes, "),
         ({"prompts": {"source": "captions", "number": 8, "template": "a"}}, "with {} in it once"),
         ({"scores": {"features": ["inseption"]}}, "scores.features is 'inseption'"),
-        ({"scores": {"pears": []}}, "scores has no key 'pears'"),
+        ({"scores": {"pears": []}}, "scores has no field 'pears'"),
         ({"scores": {"bootstrap": 0}}, "scores.bootstrap is 0; it must be a whole number from 1"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": True}, "steps is True"),
@@ -206,72 +206,10 @@ def test_scenes_of_the_reference_are_not_those_of_the_prompts() -> None:
 
     demo = protocols.load("demo")
     asked = [parse(prompt) for prompt in protocols.prompts(demo)]
-    rendered = protocols.reference_scenes(demo)
+    rendered = protocols.reference_scenes(demo.reference)
     assert len(rendered) == demo.reference.number
     assert all(scene.held_out for scene in rendered)
     assert sum(a == b for a, b in zip(asked, rendered, strict=False)) < 5
-
-
-# Methods
-
-
-def test_a_refinement_is_known_by_its_contents(tmp_path: Path) -> None:
-    file = tmp_path / "refine.safetensors"
-    text = f"paper:refine={file}"
-    with pytest.raises(FileNotFoundError):
-        method(text)
-    hashes = set()
-    for scale in (0.0, 1.0, 1.0):
-        layer = Refinement(2, 16)
-        torch.nn.init.constant_(layer.dwc, scale)
-        save_refinements({"down_blocks.0.attentions.0.transformer_blocks.0.attn1": layer}, file)
-        hashes.add(method(text).sha256)
-        assert agentsd.AgentSDConfig.from_dict(method(text).options).refine == str(file)
-    assert len(hashes) == 2
-
-
-def test_methods_are_what_they_say(tiny_pipeline: Any) -> None:
-    config = agentsd.AgentSDConfig.from_dict(method("paper:ratio=0.3,0/stride=2,1/attention=kv").settings)
-    assert (config.ratio, config.phases[0].stride, config.phases[1].attention) == (0.3, 2, "kv")
-    assert config.phases[1].stride == agentsd.AgentSDConfig().phases[1].stride
-    levels = agentsd.AgentSDConfig.from_dict(method("fast:stride=2").settings).phases[0]
-    assert {part.stride for part in levels.parts} == {2}
-    assert levels.parts[1].kv_ratio == agentsd.AgentSDConfig.from_preset("fast").phases[0].parts[1].kv_ratio < 1
-    assert method("faithful").settings == agentsd.AgentSDConfig.from_preset("faithful").to_dict()
-    assert (
-        len({method(text).folder for text in ("paper", "paper:ratio=0.4", "paper:ratio=0.5", "fast:stride=[2+4]")}) == 4
-    )
-    for text, words in (
-        ("papper", "method is 'papper'"),
-        ("stock:ratio=1", "stock has no options"),
-        ("paper:rato=1", "has no field 'rato'"),
-        ("paper:2/stride=2", "2/stride must name one of the phases 0 to 1"),
-        ("tomesd:rato=1", "tomesd has no option 'rato'"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            method(text)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", [*METHODS, "turbo"])
-def test_what_a_method_draws_depends_on_its_arguments_alone(text: str, tiny_pipeline: Any) -> None:
-    tiny_pipeline.set_progress_bar_config(disable=True)
-    before = {name: value.clone() for name, value in tiny_pipeline.unet.state_dict().items()}
-
-    def draw(call: Any, seed: int = 3) -> torch.Tensor:
-        generator = [torch.Generator().manual_seed(seed + i) for i in range(2)]
-        options = {"num_inference_steps": 4, "guidance_scale": 2.0, "generator": generator, "output_type": "np"}
-        return torch.from_numpy(call(["a red ring", "a blue star"], **options).images)
-
-    call = prepared(tiny_pipeline, method(text))
-    first = draw(call)
-    draw(call, 17)
-    torch.manual_seed(99)
-    assert torch.equal(draw(call), first)
-    stock = draw(tiny_pipeline)
-    assert torch.equal(first, stock) == (text == "stock")
-    assert torch.equal(draw(prepared(tiny_pipeline, method("stock"))), stock)
-    assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.unet.state_dict().items())
 
 
 # Generation
@@ -322,10 +260,10 @@ def test_what_a_kill_leaves_is_made_whole(evaluate: Run, tmp_path: Path, monkeyp
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    write_png(foreign, Image.new("RGB", (64, 64)), {"index": 9})
+    write_image(foreign, Image.new("RGB", (64, 64)), text=label({"index": 9}))
     absent.unlink()
     empty.write_bytes(b"")
-    cut.with_name(f".{cut.name}.part").write_bytes(b"half")
+    cut.with_name(f".{cut.name}.tmp").write_bytes(b"half")
     with (out / "timings-0.jsonl").open("a") as log:
         log.write('{"method": "stock", "ind')
     kept = [out / name for name in names if out / name not in (cut, flipped, foreign, absent, empty)]
@@ -355,9 +293,9 @@ def test_an_interrupted_run_goes_on(
             raise KeyboardInterrupt
         true(*args)
 
-    monkeypatch.setattr(files.os, "replace", interrupted)
+    monkeypatch.setattr(results.os, "replace", interrupted)
     assert evaluate("generate", "out", *options) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert evaluate("generate", "out", *options) == 0
     assert digests(tmp_path / "out").items() >= digests(tmp_path / "whole").items()
     finished = [name for name in digests(tmp_path / "out") if "/." not in name]
@@ -368,18 +306,17 @@ def test_a_full_disk_loses_nothing(
     evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--method", "stock")
-    true, room = Path.write_bytes, 5
+    true, room = os.fsync, 5
 
-    def full(path: Path, content: bytes) -> int:
+    def full(file: int) -> None:
         nonlocal room
         room -= 1
         if room < 0:
-            true(path, content[:10])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return true(path, content)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        true(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(results.os, "fsync", full)
         assert evaluate("generate", "out", *options) == 2
     assert capsys.readouterr().err.strip() == (
         "agentsd-eval: error: out/images/stock/00004.png: No space left on device"
@@ -451,7 +388,7 @@ def test_other_prompts_are_another_run(evaluate: Run, protocol: Path, capsys: py
 def command(processes: int, output: Path, protocol: Path) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     words = ["generate", "--protocol", protocol, "--output", output, "--device", "cpu", "--quiet"]
-    return [sys.executable, *launch * (processes > 1), "scripts/eval_fid.py", *map(str, words)]
+    return [sys.executable, *launch * (processes > 1), "-m", "agentsd.cli.evaluate", *map(str, words)]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
@@ -461,7 +398,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1",
 def test_any_number_of_processes_makes_the_same_bits_after_a_kill(
     evaluate: Run, protocol: Path, tmp_path: Path
 ) -> None:
-    # The other processes do not know that tiny grids pay here.
+    # The other processes have the default of min_tokens.
     names = ["stock", "paper:ratio=0.4,min_tokens=1", *(m for m in METHODS if m == "tomesd")]
     protocol.write_text(yaml.safe_dump(yaml.safe_load(protocol.read_text()) | {"methods": names}))
     assert evaluate("generate", "alone") == 0
@@ -531,8 +468,8 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
 
 
 def test_the_tables_of_the_texts_are_those_of_the_results() -> None:
-    for text in (ROOT / "README.md", ROOT / "docs" / "evaluation.md"):
-        assert texts.filled(text) == text.read_text(encoding="utf-8")
+    text = ROOT / "docs" / "benchmarks.md"
+    assert texts.renewed(text) == text.read_text(encoding="utf-8")
 
 
 def test_what_has_no_table_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,7 +477,7 @@ def test_what_has_no_table_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "other.json").write_text("[]")
     (tmp_path / "place.md").write_text("<!-- agentsd-eval other.json -->\n<!-- /agentsd-eval -->")
     for options, words in (
-        (["--into", "text.md"], "text.md has no place for a table"),
+        (["--into", "text.md"], "text.md has no lines <!-- agentsd-eval -->"),
         (["--into", "place.md"], "other.json is not a file of results"),
         (["other.json", "--table"], "other.json is not a file of results"),
         ([], "report needs RESULTS, or --into with texts"),
@@ -598,7 +535,7 @@ def test_the_page_is_whole_and_opens_offline(evaluate: Run, tmp_path: Path) -> N
 
 
 def test_words_of_a_page_are_escaped(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), {})
+    write_image(tmp_path / "a.png", Image.new("RGB", (8, 8)))
     shown = {"index": 0, "file": "a.png", "stock_file": "a.png", "prompt": "<b>&\"'", "psnr": None}
     rows = [{"method": name, "images": 1, "scores": {}, "pictures": [shown]} for name in ("stock", "<i>")]
     result = {"title": "<script>", "description": "a & b", "columns": [], "methods": rows, "notes": ["<p>"]}
@@ -778,7 +715,7 @@ def test_weights_that_are_not_there_are_one_sentence(
 def test_a_peer_that_is_not_installed_is_left_out(
     evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("agentsd.evaluation.methods.version", lambda package: None)
+    monkeypatch.setattr("agentsd.methods.version", lambda package: None)
     assert evaluate("generate", "out", "--limit", 1) == 0
     assert [path.name for path in (tmp_path / "out/images").iterdir()] != []
     assert not (tmp_path / "out/images/tomesd").exists()
@@ -799,7 +736,7 @@ def test_images_that_are_not_there_yet(evaluate: Run, tmp_path: Path, capsys: py
 def test_the_same_picture_makes_the_same_file(tmp_path: Path) -> None:
     picture, text = Image.linear_gradient("L").convert("RGB"), {"prompt": "ä “ring”", "index": 1}
     for name in "ab":
-        write_png(tmp_path / f"{name}.png", picture, text)
+        write_image(tmp_path / f"{name}.png", picture, text=label(text))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert is_finished(tmp_path / "a.png", text)
     assert not is_finished(tmp_path / "a.png", text | {"index": 2})
@@ -811,15 +748,15 @@ def test_pictures_of_each_class(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         Image.new("L" if "a" in path.stem else "RGB", (20, 10)).save(path, "JPEG")
-    found = files.pictures(tmp_path, per_class=2)
+    found = pictures.list_pictures(tmp_path, per_class=2)
     assert [str(path.relative_to(tmp_path)) for path in found] == [
         "n01/y.JPEG",
         "n01/z.JPEG",
         "n02/a.JPEG",
         "n02/b.JPEG",
     ]
-    assert files.pictures(tmp_path, number=1) == [tmp_path / "n01/y.JPEG"]
+    assert pictures.list_pictures(tmp_path, number=1) == [tmp_path / "n01/y.JPEG"]
     with pytest.raises(ValueError, match="holds 5 pictures; the protocol takes 6"):
-        files.pictures(tmp_path, number=6)
-    (batch,) = files.read_batches(found, 4, size=8, convert=True)
+        pictures.list_pictures(tmp_path, number=6)
+    (batch,) = pictures.read_batches(found, 4, size=8, convert=True)
     assert batch.shape == (4, 3, 8, 8)

@@ -19,6 +19,7 @@ from agentsd.cli.evaluate import main
 from agentsd.demo.accuracy import held_out_prompts, measure
 from agentsd.demo.checker import AttributeChecker
 from agentsd.evaluation import metrics
+from agentsd.evaluation.columns import Column
 from agentsd.evaluation.metrics import Estimate, Frechet, Kernel, Statistics, frechet_distance, resamples
 from agentsd.evaluation.networks import (
     Network,
@@ -29,8 +30,10 @@ from agentsd.evaluation.networks import (
     load_network,
     state_hash,
 )
-from agentsd.evaluation.protocols import Reference, Scores
-from agentsd.evaluation.scoring import Scorer, score
+from agentsd.evaluation.protocols import Reference, Scores, reference_scenes
+from agentsd.evaluation.report import verdict
+from agentsd.evaluation.scorer import Scorer
+from agentsd.evaluation.scoring import described, score
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("torchmetrics")
@@ -386,7 +389,7 @@ def test_statistics_are_those_of_pytorch_fids_own_command(
     )
     network = load_network("pytorch-fid", Weights(inception=inception_weights), "", CPU)
     scorer = Scorer(Scores(), Weights(), CPU, tmp_path / "cache", quiet=True)
-    found = scorer.reference(network, Reference("images"), folders[0], None)
+    found = scorer.reference(network, Reference("images"), folders[0])
     expected = np.load(tmp_path / "stats.npz")
     scale = expected["sigma"].diagonal().max()
     np.testing.assert_allclose(found.mean, expected["mu"], rtol=1e-4, atol=1e-5)
@@ -405,10 +408,8 @@ def picture_folder(tmp_path: Path) -> Pictures:
 
     def write(name: str, count: int = 12, size: int = 64, shift: int = 0) -> Path:
         from agentsd.demo import scenes
-        from agentsd.evaluation.protocols import Prompts, Protocol, reference_scenes
 
-        protocol = Protocol("test", "", Prompts("scenes", 1), ("stock",), reference=Reference("scenes", count))
-        images, _ = scenes.render(reference_scenes(protocol), size, seed=3)
+        images, _ = scenes.render(reference_scenes(Reference("scenes", count)), size, seed=3)
         folder = tmp_path / name
         folder.mkdir()
         for index, image in enumerate((images * 255).round().int()):
@@ -496,16 +497,13 @@ def test_attributes_are_those_of_the_models_card(picture_folder: Pictures, tmp_p
 
 
 def test_noise_is_called_noise() -> None:
-    from agentsd.evaluation.report import verdict
-    from agentsd.evaluation.scoring import Column, _as_json
-
     column = Column("x", "x", "less", 1, "")
     rng = np.random.default_rng(0)
     spread = rng.normal(0, 1, 500)
     stock = Estimate(10.0, 10 + spread)
     for shift, noise, said in ((0.1, True, "≈"), (-3.0, False, "better"), (3.0, False, "worse")):
         other = Estimate(10 + shift, 10 + shift + spread + rng.normal(0, 0.5, 500))
-        found = _as_json(other, stock, True)
+        found = described(other, stock)
         assert found["difference"]["noise"] is noise
         assert verdict(column, found) == said
 
