@@ -1,7 +1,7 @@
 """The whole Agent Attention module of the paper, for networks that are trained."""
 
 from agentsd.nn.attention import AgentAttention, AgentBias
-from agentsd.nn.hosts import convert_vit
+from agentsd.nn.vit import convert_vit
 from agentsd.nn.weights import convert_state_dict
 
 __all__ = ["AgentAttention", "AgentBias", "convert_state_dict", "convert_vit"]

@@ -1,10 +1,13 @@
 """The trainable module of *Agent Attention: On the Integration of Softmax and Linear Attention* (arXiv 2312.08874)."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from agentsd.ops.attention import agent_attention
 
 Grid = tuple[int, int]
 
@@ -222,9 +225,8 @@ class AgentAttention(nn.Module):
         Q, K, V = self._heads(q), self._heads(k), self._heads(v)
         B1 = _hide(None if self.b1 is None else self.b1(self._reduced(grid)), keep, q)
         B2 = _hide(None if self.b2 is None else self.b2(grid).mT.contiguous(), alive, q)
-        p = self.attn_drop if self.training else 0.0
-        V_A = F.scaled_dot_product_attention(A, K, V, attn_mask=B1, dropout_p=p)
-        out = F.scaled_dot_product_attention(Q, A, V_A, attn_mask=B2, dropout_p=p).transpose(1, 2).flatten(2)
+        attend = partial(F.scaled_dot_product_attention, dropout_p=self.attn_drop if self.training else 0.0)
+        out = agent_attention(Q, K, V, A, biases=(B1, B2), attend=attend).transpose(1, 2).flatten(2)
         if self.dwc is not None:
             if keep is not None:
                 v = v.masked_fill(~keep[..., None], 0)

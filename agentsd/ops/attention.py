@@ -34,17 +34,19 @@ def agent_attention(
     v: Tensor,
     agents: Tensor,
     *,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     scale2: float | None = None,
     shortcut: float = 0.0,
     attend: Attend = sdpa,
 ) -> Tensor:
-    """Agent attention, linear in the number of tokens (Agent Attention, equation 5, without bias and convolution).
+    """Agent attention, linear in the number of tokens (Agent Attention, equation 5, without convolution).
 
-    Aggregation: `V_A = softmax(A Kᵀ d^-0.5) V`. Broadcast: `O = softmax(Q Aᵀ scale2) V_A + shortcut · V`.
+    Aggregation: `V_A = softmax(A Kᵀ d^-0.5 + B1) V`. Broadcast: `O = softmax(Q Aᵀ scale2 + B2) V_A + shortcut · V`.
 
     Args:
         q, k, v: queries, keys and values, B×H×N×d.
         agents: agent tokens, B×H×n×d with n ≪ N.
+        biases: B1 and B2, broadcastable to B×H×n×N and B×H×N×n; AgentSD has none.
         scale2: scale of the second product; None is d^-0.5. AgentSD takes d^(-0.5·k_scale2).
         shortcut: share of V added to the output, AgentSD's k_shortcut.
         attend: the fused attention to call.
@@ -52,8 +54,8 @@ def agent_attention(
     Returns:
         B×H×N×d.
     """
-    aggregated = attend(agents, k, v)
-    out = attend(q, agents, aggregated, scale=scale2)
+    aggregated = attend(agents, k, v, attn_mask=biases[0])
+    out = attend(q, agents, aggregated, attn_mask=biases[1], scale=scale2)
     return out.add(v, alpha=shortcut) if shortcut else out
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from agentsd.nn import AgentAttention, convert_state_dict, convert_vit
-from agentsd.nn.hosts import attention_layers
+from agentsd.nn.vit import attention_layers
 from reference_nn import authors_state, reference
 
 Factory = Any

@@ -1,4 +1,4 @@
-"""Vision transformers as hosts: agent attention in the place of their softmax attention, with its weights."""
+"""Vision transformers of timm and transformers: agent attention in the place of softmax attention, with its weights."""
 
 import copy
 import inspect
@@ -226,8 +226,8 @@ def _tokens(model: Any) -> tuple[Grid, int]:
         )
     image, patch = _side(model.config.image_size), _side(model.config.patch_size)
     H, W = image[0] // patch[0], image[1] // patch[1]
-    places = next(value for name, value in model.named_parameters() if name.endswith("position_embeddings"))
-    return (H, W), places.shape[1] - H * W
+    positions = next(value for name, value in model.named_parameters() if name.endswith("position_embeddings"))
+    return (H, W), positions.shape[1] - H * W
 
 
 @torch.no_grad()
