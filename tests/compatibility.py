@@ -20,12 +20,13 @@ stock one, and removal gives the stock one back bit for bit. *refused*: together
 
 *compile*: `torch.compile(pipe.unet)`, `pipe.unet.compile()` and `pipe.unet.compile_repeated_blocks()` with a backend
 that runs the graphs as they were captured. The images are those without compilation, bit for bit, and the acceleration
-breaks no graph in two. What Inductor makes of the graphs is not tried here. *meta device and back*: the UNet and the
-ControlNets go to the device that has no memory and come back to the CPU, where their weights are loaded again; no GPU
-was there to move to.
+breaks no graph in two. What Inductor makes of the graphs is not tried here. *perturb a layer*: a self-attention layer
+has the hook by which diffusers' guiders perturb attention scores; it is unmodified while the others are accelerated.
+*meta device and back*: the UNet and the ControlNets go to the device that has no memory and come back to the CPU, where
+their weights are loaded again; no GPU was there to move to.
 
-`pytest tests/test_operations.py tests/test_compiled.py --write-compatibility` writes this file; the tests fail where
-they find otherwise.
+`pytest tests/hosts/test_operations.py tests/hosts/test_compiled.py --write-compatibility` writes this file; the tests
+fail where they find otherwise.
 
 """
 

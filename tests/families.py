@@ -34,7 +34,7 @@ class Family:
         build: a fresh pipeline, float32 on the CPU.
         draw: `draw(pipe, seed=0)`, a seeded image of a few steps, mostly as latents.
         covered: how many self-attention layers preset `paper` accelerates in such a draw.
-        note: what it leaves alone.
+        note: what is unmodified.
     """
 
     name: str
@@ -313,8 +313,8 @@ text = partial(drawing, prompt=PROMPT, negative_prompt=NEGATIVE)
 
 def families() -> Sequence[Family]:
     control = {"controlnet_conditioning_scale": 0.8}
-    temporal = "temporal self-attention is left alone"
-    deeper = "self-attention of the coarser levels is left alone"
+    temporal = "temporal self-attention is unmodified"
+    deeper = "self-attention of the coarser levels is unmodified"
 
     def xl_image(seed: int) -> dict[str, Any]:
         return {"image": picture(seed, SIZE_XL)}
@@ -453,14 +453,14 @@ def families() -> Sequence[Family]:
                 gligen_scheduled_sampling_beta=1.0,
             ),
             3,
-            "gated attention to the boxes is left alone",
+            "gated attention to the boxes is unmodified",
         ),
         Family(
             "PAG",
             sd("StableDiffusionPAGPipeline", lambda: {"pag_applied_layers": ["mid", "up_blocks.1.attentions.1"]}),
             text(pag_scale=2.0),
             2,
-            "layers of perturbed attention are left alone",
+            "layers of perturbed attention are skipped",
         ),
         Family(
             "LCM",

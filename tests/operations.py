@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,21 +13,23 @@ import tomesd
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from DeepCache import DeepCacheSDHelper
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 import agentsd
-from agentsd import AgentSDConfig, Phase
+from agentsd import Agent, AgentSDConfig, Merge, Phase
 from families import FAMILIES, Family
 
 # Agent attention in the first of two steps and merging in the second, whichever two steps a pipeline takes: from the
 # noise, from an image, or the last of many.
 CONFIG = AgentSDConfig(
     phases=(
-        Phase(until=0.5008, attention="agent"),  # SDXL has a step at 0.5005, LCM at 0.501
-        Phase(until=0.6, attention="merge", stride=2),
-        Phase(until=0.9, attention="agent"),
-        Phase(attention="merge", stride=2),
+        Phase(until=0.5008, attention=Agent()),  # SDXL has a step at 0.5005, LCM at 0.501
+        Phase(until=0.6, attention=Merge()),
+        Phase(until=0.9, attention=Agent()),
+        Phase(attention=Merge()),
     )
 )
 
@@ -167,14 +168,6 @@ def ip_adapter_unfit(pipe: Any) -> str:
     return "an IP-Adapter is loaded already" if has_ip_adapter(pipe) else ""
 
 
-def try_xformers(pipe: Any) -> None:
-    """Ask for xformers; without it, or without a GPU, diffusers raises on the way."""
-    with suppress(ModuleNotFoundError, ValueError):
-        pipe.enable_xformers_memory_efficient_attention()
-        # It computes on a GPU only.
-        pipe.disable_xformers_memory_efficient_attention()
-
-
 def there_and_back(pipe: Any) -> None:
     """Move the networks to the meta device, which knows shapes alone, and back to the CPU with their weights."""
     for net in networks(pipe):
@@ -197,6 +190,23 @@ def group_offload(pipe: Any) -> None:
         if "Cannot access accelerator" not in str(error):
             raise
         pytest.skip("older versions of diffusers have no group offload without an accelerator")
+
+
+def outermost_transformer(unet: Any) -> str:
+    """The last spatial transformer of the up side."""
+    index = max(i for i, block in enumerate(unet.up_blocks) if hasattr(block, "attentions"))
+    return f"up_blocks.{index}.attentions.0"
+
+
+def perturb(pipe: Any) -> None:
+    """The hook of diffusers' guiders of the PAG kind, on a layer that is accelerated otherwise."""
+    layer = f"{outermost_transformer(pipe.unet)}.transformer_blocks"
+    options = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
+    apply_layer_skip(pipe.unet, LayerSkipConfig(indices=[0], fqn=layer, **options))
+
+
+def unperturb(pipe: Any) -> None:
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).remove_hook("layer_skip_hook", recurse=True)
 
 
 class Graphs:
@@ -285,18 +295,6 @@ def operations() -> tuple[Operation, ...]:
             image_embedding,
         ),
         Operation(
-            "xformers without a GPU",
-            in_place(try_xformers),
-            in_place(lambda pipe: pipe.disable_xformers_memory_efficient_attention()),
-            keeps=True,
-        ),
-        Operation(
-            "attention backend",
-            in_place(lambda pipe: pipe.unet.set_attention_backend("native")),
-            in_place(lambda pipe: pipe.unet.reset_attention_backend()),
-            keeps=True,
-        ),
-        Operation(
             "attention slicing",
             in_place(lambda pipe: pipe.enable_attention_slicing("max")),
             in_place(lambda pipe: pipe.disable_attention_slicing()),
@@ -317,6 +315,7 @@ def operations() -> tuple[Operation, ...]:
             either(no_mixin, replaces_ip_adapter),
             keeps=True,
         ),
+        Operation("perturb a layer", in_place(perturb), in_place(unperturb)),
         Operation(
             "FreeU",
             in_place(lambda pipe: pipe.enable_freeu(**freeu)),

@@ -1,4 +1,4 @@
-"""The acceleration on every family of pipelines: what it changes, what it covers, what it leaves alone and behind."""
+"""The acceleration on every family of pipelines: what it changes, covers, skips and leaves behind."""
 
 import re
 import warnings
@@ -16,8 +16,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 import agentsd
-from agentsd import Phase
-from agentsd.patch import patch_of
+from agentsd import AgentSDConfig, Merge, Phase
+from agentsd.hosts.diffusers_unet import patch_of
 from conftest import build_unet
 from families import (
     FAMILIES,
@@ -38,7 +38,7 @@ from families import (
 
 Shapes = dict[str, set[int]]
 
-pytestmark = pytest.mark.filterwarnings("ignore:agentsd leaves 1 of 3 covered layers:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:agentsd skips 1 of 3 covered layers:UserWarning")
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
@@ -149,7 +149,7 @@ def seen(name: str) -> Seen:
 
 
 def covered_rows(report: agentsd.Report) -> list[Any]:
-    return [row for row in report.layers if any(counts.attention != "stock" for counts in row.phases)]
+    return [row for row in report.layers if any(plan.attention for plan in row.plans)]
 
 
 each = pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_describe_counts_the_layers_that_work_on_fewer_tokens(name: str) -> None
     assert sorted(layer_key(row.name) for row in rows) == sorted(map(layer_key, fewer))
     finest = max(row.tokens for row in run.report.layers)
     assert all(row.tokens == finest for row in rows)
-    assert all(row.note for row in run.report.layers if row.tokens == finest and row not in rows)
-    told = {layer_key(row.name): {n for what in row.phases for n in (what.queries, what.agents) if n} for row in rows}
+    assert all(row.skipped for row in run.report.layers if row.tokens == finest and row not in rows)
+    told = {layer_key(row.name): {n for plan in row.plans for n in (plan.queries, plan.agents) if n} for row in rows}
     assert all(run.merged[layer] <= told[layer_key(layer)] for layer in fewer)
 
 
@@ -233,7 +233,7 @@ def test_two_families_have_self_attention_that_is_not_spatial() -> None:
         ("PAG", "PAGCFGIdentitySelfAttnProcessor2_0"),
     ],
 )
-def test_describe_says_what_is_left_alone(name: str, what: str) -> None:
+def test_describe_says_what_is_unmodified(name: str, what: str) -> None:
     assert what in str(seen(name).report)
 
 
@@ -244,13 +244,12 @@ CONTROLNETS = [name for name in FAMILIES if "ControlNet" in name]
 
 
 @pytest.mark.parametrize("name", CONTROLNETS)
-def test_controlnets_are_accelerated_unless_told_not_to(name: str) -> None:
+def test_controlnets_are_accelerated_unless_the_unet_alone_is(name: str) -> None:
     run = seen(name)
     pipe = run.family.build()
-    nets = networks(pipe)
-    controls = [net for key, net in nets.items() if key != "unet"]
+    controls = [net for key, net in networks(pipe).items() if key != "unet"]
     assert len([row for row in covered_rows(run.report) if row.name.startswith("controlnet")]) == len(controls)
-    agentsd.apply(pipe, controlnet=False)
+    agentsd.apply(pipe.unet)
     with token_counts(pipe, self_attentions) as counts:
         image = run.family.draw(pipe)
     assert not torch.equal(image, run.accelerated[0])
@@ -370,18 +369,17 @@ def test_images_without_perturbed_attention_are_the_same_after_one_with_it() -> 
 
 
 @pytest.mark.parametrize("name", ["SD 1.x text-to-image", "PAG", "ControlNet"])
-@pytest.mark.parametrize("merge_mlp", [False, True])
-def test_no_tensor_is_held_between_calls(name: str, merge_mlp: bool) -> None:
+@pytest.mark.parametrize("parts", [("attn",), ("attn", "mlp"), ("crossattn", "mlp")])
+def test_no_block_keeps_a_tensor_between_calls(name: str, parts: tuple[str, ...]) -> None:
     family = FAMILIES[name]
-    pipe = family.build()
-    agentsd.apply(pipe, phases=(Phase(stride=2, attention="merge", merge_mlp=merge_mlp),))
+    pipe = agentsd.apply(family.build(), AgentSDConfig((Phase(attention=Merge(parts=parts)),)))
     family.draw(pipe)
-    blocks = [block for net in networks(pipe).values() for block in patch_of(net).blocks.values()]
-    assert blocks
-    assert all(block.x is block._matched is block.map is None for block in blocks)
+    states = [state for net in networks(pipe).values() for state in patch_of(net).states.values()]
+    assert states
+    assert all(set(map(type, vars(state).values())) <= {dict, int, type(None)} for state in states)
 
 
-def test_perturbed_layers_are_left_to_their_processors_with_one_warning() -> None:
+def test_perturbed_layers_are_skipped_with_one_warning() -> None:
     run = seen("PAG")
     pipe = agentsd.apply(run.family.build())
     with warnings.catch_warnings(record=True) as caught:
@@ -513,7 +511,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_network_with_nothing_to_cover_is_refused_in_one_sentence_and_left_alone(name: str) -> None:
+def test_a_network_with_nothing_to_cover_is_refused_in_one_sentence_and_stays_as_it_was(name: str) -> None:
     net = OTHERS[name][0]()
     hooks = len(net._forward_pre_hooks)
     with pytest.raises(ValueError, match=f"^{type(net).__name__} has no spatial self-attention") as error:
@@ -543,7 +541,7 @@ def inputs(channels: int = 4, frames: int | None = None) -> tuple[Tensor, Tensor
     return torch.randn(shape, generator=generator), torch.randn(1, 5, 32, generator=generator)
 
 
-def test_attention_blocks_beside_transformers_are_left_alone() -> None:
+def test_attention_blocks_beside_transformers_are_unmodified() -> None:
     net = sharpened(
         build_unet(
             down_block_types=("AttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import agentsd
+from agentsd.ops import kernels
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +23,7 @@ def test_two_runs_of_fifty_steps_and_another_prompt(
     tiny_unet: Callable[..., Any], how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The operation of this package is in the graph on machines too on which the fused kernel is faster.
-    monkeypatch.setattr("agentsd.attention._PRODUCTS_ARE_FASTER", True)
+    monkeypatch.setattr(kernels, "plain_products_are_faster", lambda: True)
     generator = torch.Generator().manual_seed(0)
     unet = tiny_unet(
         block_out_channels=(16,),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import agentsd
-from agentsd import AgentSDConfig, Phase
+from agentsd import Agent, AgentSDConfig, Merge, Phase
 from compatibility import TABLE, Compatibility, read
 from families import FAMILIES, KINDS, Family
 from operations import (
@@ -371,11 +371,11 @@ def test_a_pipeline_may_go_to_a_gpu_and_back(name: str) -> None:
 def test_each_image_of_these_tests_has_a_step_of_agent_attention_and_one_of_merging(name: str) -> None:
     family = FAMILIES[name]
 
-    def alone(attention: str) -> Tensor:
-        phases = (p if p.attention == attention else Phase(p.until, "stock") for p in CONFIG.phases)
+    def alone(kind: type[Agent] | type[Merge]) -> Tensor:
+        phases = (p if isinstance(p.attention, kind) else Phase(p.until, None) for p in CONFIG.phases)
         return draw(family, agentsd.apply(family.build(), CONFIG, phases=tuple(phases)))
 
-    agent, merge = alone("agent"), alone("merge")
+    agent, merge = alone(Agent), alone(Merge)
     stock, both = images(name)
     one_step = name == "SDXL few-step"
     assert not torch.equal(agent, stock)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import agentsd
-from agentsd import AgentSDConfig, Phase
-from agentsd.patch import find_layers
+from agentsd import KV, Agent, AgentSDConfig, Phase
+from agentsd.hosts.diffusers_unet import find_layers
 from families import FAMILIES, unet
 from operations import called
 
@@ -23,8 +23,8 @@ EARLY, LATE = 801, 101
 PAPER = AgentSDConfig()
 BOTH_LEVELS = AgentSDConfig(
     phases=(
-        Phase(until=0.5, attention="agent", stride=(2, 4), levels=(1, 2)),
-        Phase(attention="kv", stride=(4, 2), levels=(1, 2)),
+        Phase(until=0.5, attention=Agent(stride=(2, 4)), levels=(1, 2)),
+        Phase(attention=KV(stride=(4, 2)), levels=(1, 2)),
     )
 )
 
@@ -73,7 +73,7 @@ def test_every_latent_size_is_accelerated_as_described(
             out = net(sample, timestep, context).sample
         assert out.shape == sample.shape
         assert out.isfinite().all()
-        assert seen == {row.name: row.phases[phase].keys for row in agentsd.describe(net).layers}
+        assert seen == {row.name: row.plans[phase].keys for row in agentsd.describe(net).layers}
 
 
 SIZES = [(64, 64), (128, 64), (40, 168), (72, 56), (8, 8), (8, 256), (104, 88)]
