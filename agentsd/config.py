@@ -290,8 +290,10 @@ class AgentSDConfig:
                 for phase in _chosen(key, plain["phases"], path[:-1]) if path[1:] else _having(key, value, plain):
                     phase[path[-1]] = value
                     if path[-1] == "attention" and value in (*ATTENTIONS, None):
-                        for other in phase.keys() - set(_fields(value)):
+                        fresh = Phase.from_dict({"attention": value}).to_dict()
+                        for other in phase.keys() - fresh.keys():
                             del phase[other]
+                        phase.update(fresh | phase)
         return self.from_dict(plain)
 
     def to_dict(self) -> dict[str, Any]:
