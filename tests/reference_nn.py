@@ -14,14 +14,14 @@ Table = Callable[[int, int], float]
 def resized(table: Tensor, size: Grid) -> Table:
     """Bilinear resizing with corners not aligned, entry by entry."""
 
-    def places(index: int, length: int, target: int) -> tuple[int, int, float]:
-        place = max(0.0, (index + 0.5) * length / target - 0.5)
-        low = min(int(place), length - 1)
-        return low, min(low + 1, length - 1), place - low
+    def corners(index: int, length: int, target: int) -> tuple[int, int, float]:
+        at = max(0.0, (index + 0.5) * length / target - 0.5)
+        low = min(int(at), length - 1)
+        return low, min(low + 1, length - 1), at - low
 
     def entry(row: int, column: int) -> float:
-        top, bottom, down = places(row, table.shape[0], size[0])
-        left, right, across = places(column, table.shape[1], size[1])
+        top, bottom, down = corners(row, table.shape[0], size[0])
+        left, right, across = corners(column, table.shape[1], size[1])
         upper = table[top, left] * (1 - across) + table[top, right] * across
         lower = table[bottom, left] * (1 - across) + table[bottom, right] * across
         return float(upper * (1 - down) + lower * down)

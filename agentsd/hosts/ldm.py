@@ -88,7 +88,7 @@ class Layer:
     Attributes:
         to_q, to_k, to_v: tokens → B×N×(heads·d).
         to_out: B×N×(heads·d) → the layer's output.
-        forward: the host's own attention among tokens; None: the projections and `attend`.
+        forward: the host's attention among tokens; None: the projections and `attend`.
     """
 
     heads: int
@@ -137,7 +137,7 @@ def attend_with(function: HostAttention, extra: dict[str, Any]) -> Attend:
             return kernels.choose()(query, key, value, attn_mask, scale=scale)
         heads, size = query.shape[1], query.shape[-1]
         if scale is not None:
-            # The oldest of them have no scale of their own.
+            # The oldest of them take no scale.
             query = query * (scale * size**0.5)
         q, k, v = (tensor.transpose(1, 2).flatten(2) for tensor in (query, key, value))
         return function(q, k, v, heads, extra).unflatten(-1, (heads, size)).transpose(1, 2)
@@ -164,8 +164,8 @@ def attach(model: Any, config: AgentSDConfig, sampling: Callable[[Any], Any], fu
     """A clone of a model of ComfyUI or Forge with the acceleration on it; the model itself is not changed.
 
     A patch of the self-attention's inputs keeps the normed tokens, by which others are matched, in the block's own
-    `extra_options`; a replacement of the self-attention does the rest. Nothing is kept from one block to the next but
-    the last noise level read. A layer that another node has replaced, or whose inputs another node changes, is skipped.
+    `extra_options`; a replacement of the self-attention computes the layer. Nothing is kept from one block to the next
+    but the last noise level read. Layers that another node has replaced, or whose inputs it changes, are skipped.
 
     Args:
         model: the host's ModelPatcher.
@@ -199,7 +199,7 @@ def attach(model: Any, config: AgentSDConfig, sampling: Callable[[Any], Any], fu
             if plan is None or plan.tokens != q.shape[1]:
                 return function(q, k, v, heads, extra)
             # Projections are linear: the mean of some tokens' queries is the query of their mean, so that queries, keys
-            # and values side by side are merged in the place of the tokens.
+            # and values side by side are merged instead of the tokens.
             parts = _third(0), _third(1), _third(2)
             layer = Layer(heads, attend_with(function, extra), *parts, to_out=lambda tokens: tokens)
             return accelerated_attention(torch.cat((q, k, v), -1), plan, BlockState({}, level, x), layer)
@@ -264,7 +264,7 @@ class ModulePatch:
         """Put the acceleration before the forward method that a self-attention has now."""
         before = vars(module).get("forward")
 
-        # The user's choice of attention takes the place of the class's method; it is looked up in each call.
+        # The user's choice of attention replaces the class's method, which is looked up in each call.
         def stock(*args: Any, **kwargs: Any) -> Tensor:
             out: Tensor = (before or partial(type(module).forward, module))(*args, **kwargs)
             return out

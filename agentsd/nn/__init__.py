@@ -1,4 +1,4 @@
-"""The whole Agent Attention module of the paper, for networks that are trained."""
+"""The trainable module of Agent Attention, for networks that are trained."""
 
 from agentsd.nn.attention import AgentAttention, AgentBias
 from agentsd.nn.vit import convert_vit

@@ -1,4 +1,4 @@
-"""Vision transformers of timm and transformers: agent attention in the place of softmax attention, with its weights."""
+"""Vision transformers of timm and transformers: agent attention instead of softmax attention."""
 
 import copy
 import inspect
@@ -75,7 +75,7 @@ def convert_vit(
     zero_init: bool = True,
     image_size: int | Grid | None = None,
 ) -> Model:
-    """Put agent attention in the place of a vision transformer's softmax attention, with the weights that it has.
+    """Replace a vision transformer's softmax attention by agent attention with the same weights.
 
     Understood are the ViT and DeiT of timm and transformers, pyramids called with their grid (PVT v2 of timm) and
     windows with a table of relative positions (Swin of timm). The table goes; so does the mask of shifted windows.

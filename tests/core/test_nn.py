@@ -262,8 +262,8 @@ def test_whole_models_of_the_authors_are_renamed() -> None:
     """What belongs to no agent attention keeps its name, a softmax attention with `q` and `kv` too."""
     of_block = authors_state(4, 2, 4, (2, 2), separate=True)
     state = {f"block1.0.attn.{name}": value for name, value in of_block.items()}
-    rest = {"head.weight": torch.ones(2, 4), "block4.0.attn.q.weight": torch.ones(4, 4)}
-    converted = convert_state_dict(state | rest)
+    others = {"head.weight": torch.ones(2, 4), "block4.0.attn.q.weight": torch.ones(4, 4)}
+    converted = convert_state_dict(state | others)
     names = AgentAttention(4, 2, 4, (2, 2)).state_dict()
-    assert set(converted) == {f"block1.0.attn.{name}" for name in names} | set(rest)
-    assert all(converted[name] is value for name, value in rest.items())
+    assert set(converted) == {f"block1.0.attn.{name}" for name in names} | set(others)
+    assert all(converted[name] is value for name, value in others.items())

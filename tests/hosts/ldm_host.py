@@ -73,8 +73,8 @@ class BasicTransformerBlock(nn.Module):
         for patch in options.get("patches", {}).get("attn1_patch", []):
             n, context, value = patch(n, context, value, extra)
         replacements = options.get("patches_replace", {}).get("attn1", {})
-        attn, place = self.attn1, options["block"]
-        replace = replacements.get((*place, options["block_index"]), replacements.get(place))
+        attn, position = self.attn1, options["block"]
+        replace = replacements.get((*position, options["block_index"]), replacements.get(position))
         if replace is None:
             out = host_attention(attn.to_q(n), attn.to_k(context), attn.to_v(value), HEADS)
         else:
@@ -187,9 +187,9 @@ class ModelPatcher:
     def set_model_attn1_replace(
         self, patch: Any, block_name: str, number: int, transformer_index: int | None = None
     ) -> None:
-        place = (block_name, number) if transformer_index is None else (block_name, number, transformer_index)
+        position = (block_name, number) if transformer_index is None else (block_name, number, transformer_index)
         options = self.model_options["transformer_options"]
-        options.setdefault("patches_replace", {}).setdefault("attn1", {})[place] = patch
+        options.setdefault("patches_replace", {}).setdefault("attn1", {})[position] = patch
 
 
 def sample(patcher: ModelPatcher, x: Tensor, sigma: float, context: Tensor, **extra: Any) -> Tensor:

@@ -124,7 +124,7 @@ def test_script_accelerates_and_writes_and_reads_its_parameters(extension: Any, 
     assert not torch.equal(Image(unet, forge).draw(script, True, "faithful", 0.5), accelerated)
     assert torch.equal(Image(unet, forge).draw(script, *defaults), stock)
 
-    # As the hosts read it: text, or the control's own function of the whole; names sent from tab to tab.
+    # As the hosts read it: text, or the control's own function of all of it; names sent from tab to tab.
     text = {name: str(value) for name, value in on.extra_generation_params.items()}
     read = {control: key(text) if callable(key) else text[key] for control, key in script.infotext_fields}
     assert (read[enabled], read[preset], float(read[ratio])) == (True, "paper", 0.5)
