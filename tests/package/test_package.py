@@ -22,11 +22,14 @@ from transformers import CLIPTextModel
 
 from agentsd.demo import MODEL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
+    "agentsd.bench",
     "agentsd.cli",
     "agentsd.demo",
+    "agentsd.evaluation",
     "agentsd.pipelines",
+    "agentsd.tune",
     "agentsd.ui",
     "agentsd.view",
     "diffusers.pipelines",
@@ -84,6 +87,7 @@ def test_wheel_holds_the_whole_package(distributions: Distributions) -> None:
     names = set(zipfile.ZipFile(distributions.wheel).namelist())
     assert shipped() - names == set()
     assert {name for name in names if not name.startswith("agentsd")} == set()
+    assert not any("training" in name for name in names if name.endswith(".py"))
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -92,7 +96,7 @@ def test_sdist_is_enough_to_build_and_test(distributions: Distributions) -> None
     with tarfile.open(distributions.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
-        path.relative_to(ROOT).as_posix() for room in ("scripts", "tests") for path in (ROOT / room).glob("*.py")
+        path.relative_to(ROOT).as_posix() for room in ("scripts", "tests") for path in (ROOT / room).rglob("*.py")
     }
     top = {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.cfg", ".ci/run"}
     assert (shipped() | sources | top) - names == set()
@@ -107,7 +111,10 @@ def test_metadata(distributions: Distributions) -> None:
     assert literal, "the version must be a literal, so that building needs no torch"
     assert (metadata["Name"], metadata["Version"]) == ("agentsd", literal[1])
     assert metadata["License-Expression"] == "MIT"
-    assert {"eval", "bench", "xformers", "ui", "notebooks", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"bench", "dev", "docs", "eval", "notebooks", "test", "ui", "ui-test", "xformers"} <= set(
+        metadata.get_all("Provides-Extra", [])
+    )
+    assert any(url.startswith("Changelog,") for url in metadata.get_all("Project-URL", []))
     commands = archive.read(f"{folder}/entry_points.txt").decode()
     assert "agentsd-generate = agentsd.cli.generate:main" in commands
     assert "agentsd-ui = agentsd.cli.ui:main" in commands
