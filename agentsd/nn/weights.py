@@ -21,20 +21,10 @@ KEYS = {
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of the authors' Agent-DeiT, Agent-PVT and Agent-Swin code to those of `AgentAttention`.
 
-    | theirs | shape | ours | shape |
-    |---|---|---|---|
-    | `an_bias`, `na_bias` | H×n×7×7 | `b1.map`, `b2.map` | the same |
-    | `ah_bias` | 1×H×n×h×1 | `b1.rows` | H×n×h |
-    | `aw_bias` | 1×H×n×1×w | `b1.columns` | H×n×w |
-    | `ac_bias` | 1×H×n×1 | `b1.prefix` | H×n×1 |
-    | `ha_bias` | 1×H×h×1×n | `b2.rows` | H×n×h |
-    | `wa_bias` | 1×H×1×w×n | `b2.columns` | H×n×w |
-    | `ca_bias` | 1×H×1×n | `b2.prefix` | H×n×1 |
-    | `q`, `kv` (Agent-PVT) | C×C, 2C×C | `qkv` | 3C×C |
-    | `qkv`, `proj`, `dwc`, `sr`, `norm` | | the same | the same |
+    The documentation of the module has a table of the names and shapes of both.
 
     Args:
-        state_dict: of one attention module, or of a whole model: what belongs to no agent attention is left as it is.
+        state_dict: of one attention module, or of a whole model: what belongs to no agent attention is not changed.
 
     Returns:
         A new state dict.

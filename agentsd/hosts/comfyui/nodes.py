@@ -177,7 +177,6 @@ class AgentSD:
         return {"required": required}
 
     def patch(self, model: Any, **inputs: Any) -> tuple[Any]:
-        """What the node does."""
         return (accelerate(model, **inputs),)
 
 

@@ -14,11 +14,8 @@ def _input(item: Input) -> Any:
 
 
 class AgentSD(io.ComfyNode):
-    """The node."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs, outputs and what is said of them."""
         return io.Schema(
             node_id="AgentSD",
             display_name="AgentSD",
@@ -30,15 +27,11 @@ class AgentSD(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
-        """What the node does."""
         return io.NodeOutput(accelerate(model, **inputs))
 
 
 class AgentSDExtension(ComfyExtension):
-    """The nodes of this folder."""
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """One node."""
         return [AgentSD]
 
 

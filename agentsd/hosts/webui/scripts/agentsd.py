@@ -32,14 +32,10 @@ def release(p: Any) -> None:
 
 
 class AgentSDScript(scripts.Script):
-    """The script."""
-
     def title(self) -> str:
-        """Its name."""
         return "AgentSD"
 
     def show(self, is_img2img: bool) -> Any:
-        """In both tabs, at all times."""
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
@@ -81,7 +77,6 @@ class AgentSDScript(scripts.Script):
             self.accelerate(p, preset, ratio)
 
     def postprocess_batch(self, p: Any, *_: Any, **__: Any) -> None:
-        """Called after each batch."""
         release(p)
 
     def accelerate(self, p: Any, preset: str, ratio: float) -> None:
