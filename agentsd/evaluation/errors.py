@@ -130,7 +130,7 @@ def _everywhere(pipe: Any, wanted: Method | None) -> nn.Module:
     elif wanted.name == "pooled":
         _pool(wanted, layers)
     elif wanted.name == "floor":
-        leave_out_attention(own.unet, {"levels": "all"})
+        leave_out_attention(own.unet, wanted.options | {"levels": "all"})
     elif wanted.name == "tomesd":
         put_tomesd(own, wanted.options | {"max_downsample": 8})
     elif config := wanted.config:

@@ -204,7 +204,10 @@ def generate(run: Run, load: Callable[[], Any], state: Any, command: Sequence[st
     if state.is_main_process:
         missing = [run.missing()]
         for method in run.methods:
-            run.path(method, 0).parent.mkdir(parents=True, exist_ok=True)
+            folder = run.path(method, 0).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob(".*.tmp"):  # a kill has left it
+                unfinished.unlink()
         if missing[0]:
             run.record(command, state.num_processes)
     todo = broadcast_object_list(missing)[0]

@@ -149,7 +149,7 @@ def test_demo_is_measured_at_every_ratio_beside_every_peer() -> None:
         ({"guidance": "much"}, "guidance is 'much'"),
         ({"methods": ["paper"]}, "its first must be stock"),
         ({"methods": "stock"}, "methods is 'stock'; it must be a list of names"),
-        ({"sampler": "dimm"}, "sampler is 'dimm'; it must be one of ddim"),
+        ({"sampler": "dimm"}, "sampler is 'dimm'; it must be null or one of ddim"),
         ({"reference": {"source": "none"}}, "without a reference there is nothing to compare with"),
         ({"reference": {"source": "scenes"}}, "rendered scenes need a number"),
         ({"base": "papper"}, "base: protocol is 'papper'; it must be one of ablation"),

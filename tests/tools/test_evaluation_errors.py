@@ -97,7 +97,7 @@ def test_names_of_variants() -> None:
         ("deepcache", "its attention is the stock one"),
         ("pooled:sride=2", "pooled has no field 'sride'"),
         ("kv:sride=2", "no field 'sride'"),
-        ("nothing", "method 'nothing'"),
+        ("nothing", "method is 'nothing'"),
     ):
         with pytest.raises(ValueError, match=words):
             variant(text)
