@@ -66,6 +66,10 @@ class Candidates:
         """The level whose attention cached steps compute too."""
         return min(self.attentions, default=1)
 
+    def names(self, what: int | str) -> list[str]:
+        """The candidates for the attention of a level, or for "steps"."""
+        return self.attentions[what] if isinstance(what, int) else list(self.caches)
+
     def config(self, choice: Choice) -> AgentSDConfig:
         """The configuration of a choice."""
         chosen = {(part, what): name for part, what, name in choice}

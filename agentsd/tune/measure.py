@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from agentsd import drawing
 from agentsd.api import applied
 from agentsd.config import AgentSDConfig
 from agentsd.drawing import UNetCall, draw, record_calls
@@ -50,8 +51,9 @@ class Measurements:
     def expect(self, more: int) -> None:
         """Show progress towards so many results more."""
         if self.bar.disable:
-            self.bar = tqdm(desc="measuring", total=0, leave=False)
-        self.bar.total += more
+            self.bar = tqdm(desc="measuring", total=more, leave=False)
+        else:
+            self.bar.total += more
 
     def get(self, name: str, measure: Callable[..., Any], *args: Any) -> Any:
         """The result of that name, measured if it is not there."""
@@ -82,15 +84,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 
     On one thread of a CPU it is the time that the process has computed: it stands still while other processes do.
     """
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        return time.process_time
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else drawing.now
 
 
 def squared_error(out: Tensor, stock: Tensor) -> float:
@@ -143,7 +137,7 @@ class Runs:
     def about(self, prompt: int) -> dict[str, Any]:
         """Seconds of a stock run and of its UNet calls, the progress at each of them, and the size of the latents."""
         run, steps = self.stock(prompt), self.pipe.scheduler.config.num_train_timesteps
-        at = [progress(float(call.timestep), steps) for call in run.calls]
+        at = [progress(call.timestep, steps) for call in run.calls]
         return {
             "seconds": run.seconds,
             "inside": run.inside,

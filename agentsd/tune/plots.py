@@ -13,7 +13,7 @@ def draw_front(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.2, 4.8), dpi=110, layout="constrained")
     front = [(speedup, error) for speedup, error, _ in result["front"] if error]
     axis.plot(*zip(*front, strict=True), "-", color="0.6", lw=1, marker=".", ms=3, label="predicted front")
     tuned = [one for one in result["verified"] if one["predicted"]]

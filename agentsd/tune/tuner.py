@@ -17,6 +17,10 @@ from agentsd.tune.verify import Figures, Target, Verified, verify
 STEP = 0.98
 
 
+def _key(what: int | str, name: str) -> str:
+    return f"level {what}: {name}" if isinstance(what, int) else name
+
+
 class Tuner:
     """Measures candidates on a pipeline and chooses.
 
@@ -62,7 +66,7 @@ class Tuner:
         results = {"stock": replay([calls[index]])[0]}
         for level, names in candidates.attentions.items():
             for name in names:
-                results[f"level {level}: {name}"] = replay([calls[index]], only(level, name))[0]
+                results[_key(level, name)] = replay([calls[index]], only(level, name))[0]
         finest = candidates.finest
         for layers in candidates.layers:
             for name in (None, *candidates.attentions.get(finest, ())):
@@ -77,10 +81,10 @@ class Tuner:
 
     def image_error(self, part: int, what: int | str, prompt: int) -> float:
         """Mean squared error of the image where a part has one change alone."""
-        config = self.candidates.config(((part, what, self.strongest(part, what)),))
+        config = self.candidates.config(((part, what, self.probe(part, what)),))
         return self.runs.image(prompt, config, stock_calls=self.candidates.parts[part][0])["square"]
 
-    def strongest(self, part: int, what: int | str) -> str:
+    def probe(self, part: int, what: int | str) -> str:
         """The change whose image says how much errors matter: the last attention of a level; the first step cache
         with a cached step in the part."""
         if isinstance(what, int):
@@ -113,14 +117,11 @@ class Tuner:
                     get(f"image, part {part}, {what}, prompt {i}", self.image_error, part, what, i)
                     for i in self.measured
                 ]
-                name = self.strongest(part, what)
-                noise = errors[name if what == "steps" else f"level {what}: {name}"]
                 # A part of one or two calls may have no cached step.
+                noise = errors[_key(what, self.probe(part, what))]
                 weight = statistics.mean(squares) / noise if noise and any(squares) else 1.0
-                for key in (
-                    caches if what == "steps" else [f"level {what}: {n}" for n in self.candidates.attentions[what]]
-                ):
-                    errors[key] *= weight
+                for name in self.candidates.names(what):
+                    errors[_key(what, name)] *= weight
             tables.append([self.groups(part, name, times, errors) for name in (None, *caches)])
         return tables
 
@@ -140,11 +141,11 @@ class Tuner:
         for level, attentions in candidates.attentions.items():
             options = [Point(0.0, 0.0)]
             for attention in attentions:
-                more = full * (times[f"level {level}: {attention}"] - 1)
+                more = full * (times[_key(level, attention)] - 1)
                 if layers and level == candidates.finest:
                     saved = times[f"{layers} layers: {attention}"] - times[f"{layers} layers: None"]
                     more += (len(calls) - full) * saved
-                options.append(Point(more, errors[f"level {level}: {attention}"], ((part, level, attention),)))
+                options.append(Point(more, errors[_key(level, attention)], ((part, level, attention),)))
             groups.append(options)
         return groups
 

@@ -1,11 +1,10 @@
 #!/usr/bin/env python
 """Measure how well the embedded model follows prompts with combinations held out of its training.
 
-python scripts/check_demo.py --prompts 200 --method stock --method paper
+python scripts/training/accuracy.py --prompts 200 --method stock --method paper
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ import agentsd
 from agentsd.demo.accuracy import checker_accuracy, draw, held_out_prompts, measure
 from agentsd.demo.checker import AttributeChecker
 from agentsd.pipelines import load
+from agentsd.results import write_image, write_json
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for accuracy.json, the pictures and a sheet of them per method; what is there is kept",
+        help="folder for accuracy.json, the pictures and a sheet of them per method; pictures that exist are kept",
     )
     args = parser.parse_args()
 
@@ -58,14 +58,12 @@ def main() -> None:
             columns = 8
             tiles = images[: len(images) // columns * columns].clamp(0, 1).unflatten(0, (-1, columns))
             sheet = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-            Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(args.output / f"{method}.png")
+            write_image(args.output / f"{method}.png", Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()))
     for name, row in rows.items():
         print(f"{name:28s}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     if args.output:
         settings = {key: str(value) for key, value in vars(args).items() if key != "output"}
-        (args.output / "accuracy.json").write_text(
-            json.dumps({"settings": settings, "accuracy": rows}, indent=2) + "\n"
-        )
+        write_json(args.output / "accuracy.json", {"settings": settings, "accuracy": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Train the embedded model from nothing: autoencoder, text encoder, diffusion, attribute checker.
 
-python scripts/training/demo.py --output runs/demo                                     one process, CUDA if there is one
-OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/training/demo.py --output runs/demo --device cpu
-                                                                                       two CPU processes
+One process, CUDA if there is one; or two processes on a CPU:
+python scripts/training/demo.py --output runs/demo
+OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=1 \\
+    torchrun --nproc_per_node 2 scripts/training/demo.py --output runs/demo --device cpu
 
 The reasons for the recipe are in agentsd/demo/README.md. The same command resumes an interrupted run bit-identically.
 """
@@ -33,6 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from agentsd.demo import scenes
 from agentsd.demo.checker import AttributeChecker, labels
+from agentsd.drawing import draw
 
 LENGTH = 32
 # Averages of four cells have less variance than the latents of the coarse grid: by a factor of 1 to 2, with the noise.
@@ -518,13 +520,10 @@ class Trainer:
             pipe = self.assemble(task, vae)
             if stage.grid != 64:
                 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, trained_betas=_betas(signal.square()))
-            pipe.set_progress_bar_config(disable=True)
             size = stage.grid * 4
-            seeds = [torch.Generator().manual_seed(index) for index in range(len(SAMPLES))]
+            call: dict[str, Any] = {"height": size, "width": size, "guidance_scale": 4.0, "num_inference_steps": 20}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.accelerator.mixed_precision == "bf16"):
-                images = pipe(
-                    list(SAMPLES), height=size, width=size, guidance_scale=4.0, num_inference_steps=20, generator=seeds
-                ).images
+                images = draw(pipe, SAMPLES, range(len(SAMPLES)), **call).images
             ema.restore(task.parameters())
             grid = Image.new("RGB", (size * len(images), size))
             for index, image in enumerate(images):

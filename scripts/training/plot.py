@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from agentsd.results import save_figure
+
 
 def main() -> None:
     """One panel per stage: the logged values and their running mean."""
@@ -26,7 +28,7 @@ def main() -> None:
         row = json.loads(line)
         stages.setdefault(row["stage"], {})[row["step"]] = row["loss"]
     rows = -(-len(stages) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(9.6, 2.8 * rows), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(rows, 3, figsize=(9.6, 2.8 * rows), dpi=110, layout="constrained", squeeze=False)
     for axis in axes.flat[len(stages) :]:
         axis.remove()
     for axis, (name, losses) in zip(axes.flat, stages.items(), strict=False):
@@ -39,7 +41,7 @@ def main() -> None:
         axis.grid(alpha=0.3, which="both")
     for axis in axes[:, 0]:
         axis.set_ylabel("loss")
-    figure.savefig(args.output, dpi=110)
+    save_figure(figure, args.output)
 
 
 if __name__ == "__main__":

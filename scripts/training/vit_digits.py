@@ -2,17 +2,15 @@
 """Train tiny vision transformers on scikit-learn's handwritten digits: softmax attention and agent attention.
 
 pip install '.[vit]'
-python scripts/train_vit_digits.py
+python scripts/training/vit_digits.py
 
-A run that is in the results already is not repeated. Times are CPU seconds of one thread.
+Runs that are in the results are not repeated. Times are CPU seconds of one thread.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,11 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agentsd.benchmark import environment, exponent
+from agentsd.bench.layers import exponent
 from agentsd.nn import convert_vit
+from agentsd.results import environment, markdown_table, put_between, read_json, save_figure, version, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATCH = 2
 TEST = 360
 BATCH = 32
@@ -42,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "agent + DWC": {"agent_bias": False, "dwc": True},
     "agent + bias + DWC": {"agent_bias": True, "dwc": True},
 }
-START, END = "<!-- scripts/train_vit_digits.py writes from here -->", "<!-- to here -->"
+MARK = "scripts/training/vit_digits.py"
 
 
 def images(side: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +95,8 @@ def train(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         if epoch % 2 or epoch == args.epochs - 1:
             model.eval()
             with torch.inference_mode():
-                guess = torch.cat([model(part).argmax(1) for part in x[:TEST].split(60)])
-            accuracy.append((epoch + 1, (guess == y[:TEST]).float().mean().item()))
+                predicted = torch.cat([model(part).argmax(1) for part in x[:TEST].split(60)])
+            accuracy.append((epoch + 1, (predicted == y[:TEST]).float().mean().item()))
     return {"accuracy": accuracy, "loss": losses, "cpu_seconds": time.process_time() - start}
 
 
@@ -128,36 +127,32 @@ def table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     sides = sorted(int(side) for side in result["steps"]["softmax"])
     tokens = [(side // PATCH) ** 2 for side in sides]
-    lines = [
-        f"{TEST} test images, {settings['epochs']} epochs over the other {1797 - TEST}, "
-        f"{(settings['side'] // PATCH) ** 2} tokens, {settings['agents']} pooled agents; "
-        "mean ± standard deviation over the seeds:",
-        "",
-        "| attention | accuracy, % | each seed, % | CPU seconds of a run |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for variant, runs in result["runs"].items():
         last = [100 * run["accuracy"][-1][1] for run in runs.values()]
         spread = f"{statistics.mean(last):.1f} ± {statistics.stdev(last):.1f}" if len(last) > 1 else f"{last[0]:.1f}"
         seconds = statistics.mean(run["cpu_seconds"] for run in runs.values())
-        lines.append(f"| {variant} | {spread} | {', '.join(f'{value:.1f}' for value in last)} | {seconds:.0f} |")
-    lines += ["", "A training step (forward and backward, 4 images) of the same networks on larger pictures:", ""]
+        rows.append((variant, spread, ", ".join(f"{value:.1f}" for value in last), f"{seconds:.0f}"))
+    lines = [
+        f"{TEST} test images, {settings['epochs']} epochs over the other {1797 - TEST}, "
+        f"{(settings['side'] // PATCH) ** 2} tokens, {settings['agents']} pooled agents; "
+        "mean ± standard deviation over the seeds:",
+        markdown_table(("attention", "accuracy, %", "each seed, %", "CPU seconds of a run"), rows),
+        "A training step (forward and backward, 4 images) of the same networks on larger pictures:",
+    ]
     for key, unit, scale in (("cpu_seconds", "ms of CPU time", 1000), ("bytes", "MiB kept for the gradient", 2**-20)):
-        lines.append(f"| {unit} | " + " | ".join(f"{count:,} tokens" for count in tokens) + " | grows as |")
-        lines.append("|---" * (len(tokens) + 2) + "|")
+        rows = []
         for variant, steps in result["steps"].items():
             values = [steps[str(side)][key] for side in sides]
             power = exponent(dict(zip(tokens, values, strict=True)), start=0)
-            lines.append(
-                f"| {variant} | " + " | ".join(f"{value * scale:.0f}" for value in values) + f" | N^{power:.2f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+            rows.append((variant, *(f"{value * scale:.0f}" for value in values), f"N^{power:.2f}"))
+        lines.append(markdown_table((unit, *(f"{count:,} tokens" for count in tokens), "grows as"), rows))
+    return "\n\n".join(lines) + "\n"
 
 
 def plot(result: dict[str, Any], picture: Path) -> None:
     """Accuracy while training, and the time of a step over the number of tokens."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110, layout="constrained")
     for variant, runs in result["runs"].items():
         epochs = [epoch for epoch, _ in next(iter(runs.values()))["accuracy"]]
         curves = torch.tensor([[100 * value for _, value in run["accuracy"]] for run in runs.values()])
@@ -175,19 +170,11 @@ def plot(result: dict[str, Any], picture: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(picture, dpi=110)
-
-
-def write(text: str, file: Path) -> None:
-    """Write a whole file or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    save_figure(figure, picture)
 
 
 def main() -> None:
-    """Train what is missing, then write the plot and the tables of the document."""
+    """Train what is missing, then write the plot and the tables into the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "vit-digits.json")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "module.md", help="where the tables go")
@@ -209,7 +196,7 @@ def main() -> None:
         "steps": {},
     }
     if args.output.exists():
-        result = json.loads(args.output.read_text(encoding="utf-8"))
+        result = read_json(args.output)
         if result["settings"] != settings:
             parser.error(f"--output {args.output} holds runs with {result['settings']}; choose another file")
     if math.isqrt(args.agents) ** 2 != args.agents:
@@ -219,17 +206,16 @@ def main() -> None:
             runs = result["runs"].setdefault(variant, {})
             if str(seed) not in runs:
                 runs[str(seed)] = train(variant, seed, args)
-                write(json.dumps(result, indent=1) + "\n", args.output)
+                write_json(args.output, result)
     for side in args.long:
         for variant in args.variant or VARIANTS:
             steps = result["steps"].setdefault(variant, {})
             if str(side) not in steps:
                 steps[str(side)] = measure(variant, side, args.agents)
-                write(json.dumps(result, indent=1) + "\n", args.output)
+                write_json(args.output, result)
     plot(result, args.output.with_suffix(".png"))
     if args.document.exists():
-        before, rest = args.document.read_text(encoding="utf-8").split(START)
-        write(f"{before}{START}\n\n{table(result)}\n{END}{rest.split(END, 1)[1]}", args.document)
+        put_between(args.document, MARK, table(result))
     print(table(result))
 
 

@@ -135,7 +135,7 @@ def test_an_image_says_how_much_errors_of_a_part_matter(tuner: Tuner) -> None:
     """The calls before the part, which are not computed there, are computed here."""
     pipe = pipeline()
     for part in range(len(tuner.candidates.parts)):
-        agentsd.apply(pipe, tuner.candidates.config(((part, "steps", tuner.strongest(part, "steps")),)))
+        agentsd.apply(pipe, tuner.candidates.config(((part, "steps", tuner.probe(part, "steps")),)))
         image = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **CALL).images[0]
         square = np.square(image.astype(np.float64) - tuner.runs.stock(0).image).mean()
         assert tuner.measurements.values[f"image, part {part}, steps, prompt 0"] == pytest.approx(square, rel=1e-6)
