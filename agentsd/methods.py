@@ -17,6 +17,7 @@ from agentsd import checks
 from agentsd.api import apply
 from agentsd.config import AgentSDConfig
 from agentsd.hosts.diffusers_unet import find_layers
+from agentsd.planning import Planner
 from agentsd.results import version
 
 PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
@@ -182,19 +183,20 @@ class _Identity:
         return hidden_states
 
 
-def leave_out_attention(unet: nn.Module, options: dict[str, Any]) -> None:
-    """Replace self-attention by the identity at `levels` (a number, a list or `all`), or where the preset `of` acts."""
-    layers = find_layers(unet)
-    present = {layer.level for layer in layers}
+def floor_levels(unet: nn.Module, options: dict[str, Any]) -> frozenset[int]:
+    """The levels of a floor: `levels` (a number, a list or `all`), or those that `of`, a preset, covers."""
+    present = {layer.level for layer in find_layers(unet)}
     levels = options["levels"]
     if levels is None:
-        from agentsd.planning import Planner
+        return Planner(configuration(str(options["of"])), present, type(unet).__name__).covered
+    return frozenset(present if levels == "all" else levels if isinstance(levels, list) else [levels])
 
-        covered = Planner(configuration(str(options["of"])), present, type(unet).__name__).covered
-    else:
-        covered = frozenset(present if levels == "all" else levels if isinstance(levels, list) else [levels])
-    for layer in layers:
-        if layer.level in covered:
+
+def leave_out_attention(unet: nn.Module, options: dict[str, Any]) -> None:
+    """Replace self-attention by the identity at the levels of a floor."""
+    levels = floor_levels(unet, options)
+    for layer in find_layers(unet):
+        if layer.level in levels:
             layer.block.attn1.set_processor(_Identity())  # type: ignore[arg-type]
 
 

@@ -2,10 +2,7 @@
 
 import argparse
 import importlib.util
-import json
-import os
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +13,6 @@ from agentsd.cli import command
 from agentsd.cli.command import Parser, formatter, whole
 
 PROGRAM = "agentsd-bench"
-MARKS = ("<!-- agentsd-bench -->", "<!-- /agentsd-bench -->")
 EXAMPLES = """examples:
   agentsd-bench                                                  stock, the floor and every preset on SD 1.5, 512×512
   agentsd-bench --method stock --method paper:ratio=0.5 --method tomesd:ratio=0.5 --latent 64 96 128
@@ -31,7 +27,8 @@ EXAMPLES = """examples:
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     from agentsd import AgentSDConfig
-    from agentsd.benchmark import ARCHITECTURES, PEERS
+    from agentsd.bench.architectures import ARCHITECTURES
+    from agentsd.methods import PEERS
 
     methods = ", ".join(("stock", "xformers", "floor", *AgentSDConfig.presets(), *PEERS))
     parser = Parser(
@@ -46,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--method",
         action="append",
         metavar="NAME[:KEY=VALUE,…]",
-        help=f"one of {methods}; a key 0/key is of the first phase alone; repeatable (default: stock, floor and every "
-        "preset)",
+        help=f"one of {methods}, or a YAML file; a key 0/key is of the first phase alone; floor:of=fast leaves out the "
+        "self-attention that fast covers; repeatable (default: stock, every preset and their floors)",
     )
     group.add_argument(
         "--model",
@@ -71,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--micro", action="store_true", help="single layers of 1,024 to 65,536 tokens instead")
     group.add_argument("--profile", action="store_true", help="where the time goes, of stock and ours, instead")
+    group.add_argument("--launches", action="store_true", help="the number of operations of a call instead")
     group.add_argument(
         "--fused", action="store_true", help="torch's fused attention even where this package has a faster one"
     )
@@ -85,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--into",
         type=Path,
         metavar="FILE",
-        help=f"put what --table prints into a text, between the lines {MARKS[0]} and {MARKS[1]}",
+        help="put what --table prints into a document, between <!-- agentsd-bench --> and <!-- /agentsd-bench -->",
     )
     return parser
 
@@ -102,262 +100,85 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> None:
     args = build_parser().parse_args(words)
+    command.quieten()
+    from agentsd import results
+    from agentsd.bench import tables
+
     if args.table:
-        tables = "\n\n".join(markdown(_read(path)) for path in args.table)
+        text = "\n\n".join(tables.markdown(tables.read(path)) for path in args.table)
         if args.into:
-            _write(args.into, between_marks(args.into, tables))
-            print(f"wrote {args.into}")
-        else:
-            print(tables)
+            results.put_between(args.into, PROGRAM, text)
+        print(f"wrote {args.into}" if args.into else text)
         return
     if args.into:
         raise ValueError("--into goes with --table")
     if args.output and not args.output.resolve().parent.is_dir():
         raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
-    result = _micro(args) if args.micro else _profile(args) if args.profile else _bench(args)
-    print(text(result) if "runs" in result else markdown(result))
-    if args.output:
-        result["command"] = shlex.join([PROGRAM, *words])
-        _write(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        print(f"wrote {args.output}")
-        if importlib.util.find_spec("matplotlib"):
-            from agentsd.cli.plots import draw
+    result = _measured(args)
+    print(tables.text(result) if "runs" in result else tables.markdown(result))
+    if not args.output:
+        return
+    result["command"] = shlex.join([PROGRAM, *words])
+    results.write_json(args.output, result)
+    print(f"wrote {args.output}")
+    if "launches" in result:
+        return
+    if importlib.util.find_spec("matplotlib"):
+        from agentsd.bench.plots import draw
 
-            print(f"wrote {draw(result, args.output)}")
-        else:
-            print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
+        print(f"wrote {draw(result, args.output)}")
+    else:
+        print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
 
 
-def _setting(args: argparse.Namespace, cells: int) -> Any:
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from agentsd import pipelines
-    from agentsd.benchmark import Setting
+    from agentsd import AgentSDConfig, pipelines
+    from agentsd.bench import layers, memory
+    from agentsd.bench.architectures import Setting
+    from agentsd.bench.latency import measure, over_schedule
+    from agentsd.bench.profile import launches, profile
+    from agentsd.results import environment
 
     device = pipelines.find_device(args.device)
-    dtype = pipelines.find_dtype(args.dtype, device)
+    dtype = str(pipelines.find_dtype(args.dtype, device)).removeprefix("torch.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = str(dtype).removeprefix("torch.")
-    return Setting(args.model, (cells, cells), args.batch, name, str(device), args.compile, args.fused)
-
-
-def _bench(args: argparse.Namespace) -> dict[str, Any]:
-    from agentsd import AgentSDConfig
-    from agentsd.benchmark import check, environment, measure, over_schedule, peak_memory
-
-    methods = list(dict.fromkeys(args.method or ["stock", "floor", *AgentSDConfig.presets()]))
-    check(methods)
-    runs: list[dict[str, Any]] = []
-    for cells in args.latent:
-        setting = _setting(args, cells)
+    settings = [
+        Setting(args.model, (cells, cells), args.batch, dtype, str(device), args.compile, args.fused)
+        for cells in args.latent
+    ]
+    setting, presets = settings[0], AgentSDConfig.presets()
+    about = {"environment": environment(str(device)), "setting": asdict(setting)}
+    if args.micro:
+        times = layers.measure_layers(layers.TOKENS, layers.LAYERS, setting, args.repeats)
+        exponents = {name: layers.exponent(values) for name, values in times.items()}
+        about |= {"layers": times, "exponents": exponents}
+        if args.memory:
+            taken = {
+                name: {count: memory.layer_memory(layer, count, setting) for count in layers.TOKENS}
+                for name, layer in layers.LAYERS.items()
+            }
+            about |= {"memory": taken, "memory_exponents": {name: layers.exponent(v) for name, v in taken.items()}}
+        return about
+    if args.profile:
+        return about | {"parts": profile(setting, args.method or ["stock", *presets], args.repeats)}
+    if args.launches:
+        return about | {"launches": launches(setting, args.method or ["stock", *presets])}
+    methods = list(dict.fromkeys(args.method or ["stock", "floor:of=paper", "floor:of=fast", *presets]))
+    runs = []
+    for setting in settings:
         timings = measure(setting, methods, args.repeats)
-        memory = {method: peak_memory(setting, method) for method in methods} if args.memory else {}
         runs.append(
             {
                 "setting": asdict(setting),
                 "timings": [asdict(timing) for timing in timings],
                 "schedule": over_schedule(timings),
-                "memory": memory,
+                "memory": {one: memory.peak_memory(setting, one) for one in methods} if args.memory else {},
             }
         )
-    return {"environment": environment(runs[0]["setting"]["device"]), "runs": runs}
-
-
-def _micro(args: argparse.Namespace) -> dict[str, Any]:
-    from agentsd import AgentSDConfig, Phase
-    from agentsd.benchmark import MODULE, STOCK, environment, exponent, layer_memory, micro
-
-    setting = _setting(args, 64)
-    phases = {
-        "agent, 256 agents": Phase(attention="agent", stride=4, max_agents=256, agent_ratio=1.0),
-        "kv, 256 agents": Phase(attention="kv", stride=4, max_agents=256),
-        "kv, stride 4": Phase(attention="kv", stride=4),
-        "kv, stride 8": Phase(attention="kv", stride=8),
-        "kv, stride 8, a k-means step": Phase(attention="kv", stride=8, kmeans_steps=1),
-        "merge, stride 2": Phase(attention="merge", stride=2),
-    }
-    layers: dict[str, AgentSDConfig | str] = {
-        "stock": STOCK,
-        **{name: AgentSDConfig(phases=(phase,)) for name, phase in phases.items()},
-        "agentsd.nn, 49 agents": MODULE,
-    }
-    tokens = [4**n for n in range(5, 9)]
-    times = micro(tokens, layers, setting, args.repeats)
-    result: dict[str, Any] = {
-        "environment": environment(setting.device),
-        "setting": asdict(setting),
-        "layers": times,
-        "exponents": {name: exponent(values) for name, values in times.items()},
-    }
-    if args.memory:
-        taken = {
-            name: {count: layer_memory(layer, count, setting) for count in tokens} for name, layer in layers.items()
-        }
-        result["memory"] = taken
-        result["memory_exponents"] = {name: exponent(values) for name, values in taken.items()}
-    return result
-
-
-def _profile(args: argparse.Namespace) -> dict[str, Any]:
-    from agentsd import AgentSDConfig
-    from agentsd.benchmark import environment, profile
-
-    methods = list(dict.fromkeys(args.method or ["stock", *AgentSDConfig.presets()]))
-    setting = _setting(args, args.latent[0])
-    parts = profile(setting, methods, args.repeats)
-    return {"environment": environment(setting.device), "setting": asdict(setting), "parts": parts}
-
-
-def rows(run: dict[str, Any]) -> list[list[str]]:
-    """The table of one run: method, kind of call, share, milliseconds, ratio to stock and to the floor, memory."""
-    from agentsd.benchmark import Timing
-
-    total = run["schedule"]
-    timings = [Timing(**timing) for timing in run["timings"]]
-
-    def ratio(name: str, seconds: float) -> str:
-        return f"{total[name] / seconds:.2f}×" if name in total else ""
-
-    table = []
-    for method, seconds in total.items():
-        own = [timing for timing in timings if timing.method == method]
-        memory = f"{run['memory'][method] / 2**30:.2f}" if method in run["memory"] else ""
-        if len(own) > 1:
-            table += [
-                [
-                    f"  {timing.kind}",
-                    f"{timing.share:.0%}",
-                    f"{timing.median * 1000:.0f} ± {timing.spread * 1000:.0f}",
-                    ratio("stock", timing.median),
-                    ratio("floor", timing.median),
-                    "",
-                ]
-                for timing in own
-            ]
-        spread = f" ± {own[0].spread * 1000:.0f}" if len(own) == 1 else ""
-        time = f"{seconds * 1000:.0f}{spread}"
-        table.append([method, "", time, ratio("stock", seconds), ratio("floor", seconds), memory])
-    return table
-
-
-HEAD = ["method", "share of the steps", "ms per UNet call", "faster than stock", "of the floor's speed", "peak GiB"]
-
-
-def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
-    setting = run["setting"]
-    height, width = setting["latent"]
-    how = "compiled" if setting["compile"] else "eager"
-    how += ", fused attention only" if setting.get("fused") else ""
-    what = f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}"
-    return f"{what}, {_machine(environment)}"
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    return (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"diffusers {environment['diffusers']}"
-    )
-
-
-def text(result: dict[str, Any]) -> str:
-    """The tables of all runs, aligned."""
-    blocks = []
-    for run in result["runs"]:
-        table = _filled(run)
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
-        blocks.append("\n".join([_title(run, result["environment"]), "", lines[0], "─" * len(lines[0]), *lines[1:]]))
-    return "\n\n".join(blocks)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The tables of a result in Markdown, each under what was measured, and the command."""
-    environment = result["environment"]
-    tables: list[tuple[str, list[list[str]]]] = []
-    if "layers" in result:
-        setting, layers = result["setting"], result["layers"]
-        tokens = list(next(iter(layers.values())))
-        table = [["layer", *(f"{int(n):,} tokens, ms" for n in tokens), "exponent from 4,096"]]
-        for name, times in layers.items():
-            cells = [f"{seconds * 1000:.1f}" for seconds in times.values()]
-            table.append([name, *cells, f"{result['exponents'][name]:.2f}"])
-        what = f"one self-attention layer of SD 1.5's finest grid, batch {setting['batch']}, {setting['dtype']}"
-        tables.append((f"{what}, {_machine(environment)}", table))
-        if "memory" in result:
-            table = [["layer", *(f"{int(n):,} tokens, MiB" for n in tokens), "exponent from 4,096"]]
-            for name, sizes in result["memory"].items():
-                cells = [f"{size / 2**20:.1f}" for size in sizes.values()]
-                table.append([name, *cells, f"{result['memory_exponents'][name]:.2f}"])
-            tables.append(("the same, memory of a call: its output and all in between", table))
-    elif "psnr" in result:
-        several = isinstance(result["steps"], list)
-        table = [["method", *(["× stock"] if several else []), "PSNR to the stock image, mean / worst, dB"]]
-        for name, decibels in result["psnr"].items():
-            faster = [f"{result['speedup'][name]:.2f}×"] if several else []
-            table.append([name, *faster, f"{statistics.mean(decibels):.1f} / {min(decibels):.1f}"])
-        size = f", {result['size']} pixels a side" if "size" in result else ""
-        steps = f"{', '.join(map(str, result['steps'])) if several else result['steps']} steps{size}"
-        what = f"the embedded model, {result['prompts']} held-out prompts, {steps}, {result['dtype']}"
-        tables.append((f"{what}, {_machine(environment)}", table))
-    elif "parts" in result:
-        table = [["ms", *next(iter(result["parts"].values())), "sum"]]
-        for name, parts in result["parts"].items():
-            table.append([name, *(f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values())))])
-        tables.append((_title(result, environment), table))
-    else:
-        tables += [(_title(run, environment), _filled(run)) for run in result["runs"]]
-    command = f"```bash\n{result['command']}\n```\n\n" if "command" in result else ""
-    return command + "\n\n".join(f"*{title}*\n\n{_pipes(table)}" for title, table in tables)
-
-
-def between_marks(path: Path, tables: str) -> str:
-    """The text of a file with `tables` between the two marks.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it does not have both marks.
-    """
-    before, start, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise ValueError(f"--into is {str(path)!r}; it must have the lines {MARKS[0]} and {MARKS[1]}")
-    return f"{before}{start}\n\n{tables}\n\n{end}{after}"
-
-
-def _filled(run: dict[str, Any]) -> list[list[str]]:
-    """Head and rows without the columns that have nothing in them."""
-    body = rows(run)
-    used = [index for index in range(len(HEAD)) if any(row[index] for row in body)]
-    return [[row[index] for index in used] for row in (HEAD, *body)]
-
-
-def _pipes(table: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("  ", "– ") for cell in line) + " |" for line in table]
-    lines.insert(1, "|" + "---|" * len(table[0]))
-    return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is not a file of measurements: it is not JSON") from None
-    if not isinstance(result, dict) or not result.keys() & {"runs", "layers", "parts", "psnr"}:
-        raise ValueError(f"{path} is not a file of measurements: it has none of runs, layers, parts and psnr")
-    return result
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    return {"environment": about["environment"], "runs": runs}
 
 
 def _size(text: str) -> int:
