@@ -18,7 +18,7 @@ help:
 	@echo "make demo         install the package and draw one prompt, stock beside accelerated"
 	@echo "make test         lint and run every test"
 	@echo "make check        lint and run the fast tests"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and the contracts of imports"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make test-oldest  run every test on the lowest versions that setup.cfg declares ($(OLDEST)/)"
 	@echo "make docs         build the documentation into site/"
@@ -54,6 +54,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	@echo "Lint is clean. Next: make check or make test."
 
 format: $(VENV)/.dev
