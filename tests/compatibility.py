@@ -16,7 +16,7 @@ Each row is a kind of pipeline, each column something that is done to a pipeline
 real diffusers classes with random weights and draw with the operation before `agentsd.apply`, with the operation after
 it, and after `agentsd.remove`, on the CPU. *yes*: both orders give the same accelerated image, it is another than the
 stock one, and removal gives the stock one back bit for bit. *refused*: together they raise an error that says why.
-*–*: the operation has no place here.
+*–*: the operation does not apply.
 
 *compile*: `torch.compile(pipe.unet)`, `pipe.unet.compile()` and `pipe.unet.compile_repeated_blocks()` with a backend
 that runs the graphs as they were captured. The images are those without compilation, bit for bit, and the acceleration

@@ -240,8 +240,8 @@ def ready(pipe: Any) -> Any:
     return pipe
 
 
-def parts(**own: Any) -> dict[str, Any]:
-    """Copies of the components of a Stable Diffusion 1.x pipeline, and of those that come in their place."""
+def parts(**given: Any) -> dict[str, Any]:
+    """Copies of the components of a Stable Diffusion 1.x pipeline, and of those that replace them."""
     stock: dict[str, Make] = {
         "vae": vae,
         "text_encoder": text_encoder,
@@ -249,23 +249,23 @@ def parts(**own: Any) -> dict[str, Any]:
         "unet": unet,
         "scheduler": ddim,
     }
-    missing = {key: make() for key, make in stock.items() if key not in own}
-    return copy.deepcopy(missing | own)
+    missing = {key: make() for key, make in stock.items() if key not in given}
+    return copy.deepcopy(missing | given)
 
 
 UNCHECKED: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def sd(kind: str, own: Callable[[], dict[str, Any]] = dict, checked: bool = True) -> Callable[[], Any]:
+def sd(kind: str, given: Callable[[], dict[str, Any]] = dict, checked: bool = True) -> Callable[[], Any]:
     """A factory of Stable Diffusion pipelines of a class."""
 
     def build() -> Any:
-        return ready(getattr(diffusers, kind)(**parts(**own()), **(UNCHECKED if checked else {})))
+        return ready(getattr(diffusers, kind)(**parts(**given()), **(UNCHECKED if checked else {})))
 
     return build
 
 
-def sdxl(kind: str, own: Callable[[], dict[str, Any]] = dict) -> Callable[[], Any]:
+def sdxl(kind: str, given: Callable[[], dict[str, Any]] = dict) -> Callable[[], Any]:
     """A factory of Stable Diffusion XL pipelines of a class."""
 
     def build() -> Any:
@@ -275,7 +275,7 @@ def sdxl(kind: str, own: Callable[[], dict[str, Any]] = dict) -> Callable[[], An
             "text_encoder_2": text_encoder(projection=True),
             "tokenizer_2": tokenizer(),
         }
-        return ready(getattr(diffusers, kind)(**parts(**(stock | own()))))
+        return ready(getattr(diffusers, kind)(**parts(**(stock | given()))))
 
     return build
 

@@ -49,7 +49,7 @@ class Operation:
         name: the head of its column in the table.
         do: does it and returns the pipeline to draw with.
         undo: takes it back and returns the pipeline to draw with; None where there is no taking back.
-        unfit: why it has no place with a pipeline; empty where it has one.
+        unfit: why it does not apply to a pipeline; empty where it does.
         arguments: what the pipeline is to be called with besides, given the pipeline and the arguments it has.
         refusal: a pattern for the sentence that refuses operation and acceleration together; empty: they work together.
         keeps: the image remains what it was but for rounding.
@@ -72,8 +72,8 @@ def lacks(method: str, what: str) -> Callable[[Any], str]:
 
 
 def replaces_ip_adapter(pipe: Any) -> str:
-    """Reason: diffusers puts its processor in the place of the IP-Adapter's, which no pipeline survives."""
-    return "replaces the IP-Adapter's own processors in diffusers itself" if has_ip_adapter(pipe) else ""
+    """Reason: diffusers replaces the IP-Adapter's processors, which no pipeline survives."""
+    return "replaces the IP-Adapter's processors in diffusers itself" if has_ip_adapter(pipe) else ""
 
 
 def either(*reasons: Callable[[Any], str]) -> Callable[[Any], str]:
@@ -240,9 +240,9 @@ def end_compilation(pipe: Any) -> None:
         module._compiled_call_impl = None
 
 
-def own_scheduler(pipe: Any) -> str:
-    own = isinstance(pipe, diffusers.LatentConsistencyModelPipeline)
-    return "this pipeline works with a scheduler of its own only" if own else ""
+def needs_its_scheduler(pipe: Any) -> str:
+    lcm = isinstance(pipe, diffusers.LatentConsistencyModelPipeline)
+    return "this pipeline works with its own scheduler only" if lcm else ""
 
 
 def numpy_only(pipe: Any) -> str:
@@ -251,7 +251,7 @@ def numpy_only(pipe: Any) -> str:
 
 
 def other_scheduler(pipe: Any, **overrides: Any) -> None:
-    """Euler has timesteps that are floats, DDIM whole ones."""
+    """Euler has timesteps that are floats, DDIM integers."""
     euler = isinstance(pipe.scheduler, diffusers.DDIMScheduler)
     kind = diffusers.EulerDiscreteScheduler if euler else diffusers.DDIMScheduler
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **overrides)
@@ -370,11 +370,11 @@ def operations() -> tuple[Operation, ...]:
             keeps=True,
             compiles=True,
         ),
-        Operation("another scheduler", in_place(other_scheduler), unfit=own_scheduler),
+        Operation("another scheduler", in_place(other_scheduler), unfit=needs_its_scheduler),
         Operation(
             "another noise schedule",
             in_place(lambda pipe: other_scheduler(pipe, num_train_timesteps=500)),
-            unfit=own_scheduler,
+            unfit=needs_its_scheduler,
         ),
         Operation("deepcopy", copy.deepcopy, keeps=True),
         Operation("components in a second pipeline", second_pipeline, keeps=True),

@@ -1,4 +1,4 @@
-"""The method written out token by token in float64: plain loops and an explicit softmax, nothing of the package's own.
+"""The method written out token by token in float64: plain loops and an explicit softmax, nothing of the package.
 
 Every function below treats one picture and one head at a time. Tokens are rows; a group is the list of the tokens that
 stand together; destinations are given as a list of token indices. `technique` is an `Agent`, `Merge` or `KV`.
@@ -178,13 +178,13 @@ def reference_unet(
     matched_on: Sequence[Tensor] = (),
     grouping: Grouping = groups_of,
 ) -> Iterator[UNet2DConditionModel]:
-    """The UNet with the reference in place of the self-attention of some levels.
+    """The UNet with the reference as the self-attention of some levels.
 
     Args:
         unet: stock again afterwards.
         techniques: by level. A grid smaller than one cell keeps its stock attention.
         destinations: those of a grid with cells of (sy, sx).
-        matched_on: block inputs, in the order of the calls, to match on in place of the UNet's own.
+        matched_on: block inputs, in the order of the calls, to match on instead of the UNet's.
         grouping: another way of making the groups.
     """
     hooks, patched = [], []

@@ -30,7 +30,7 @@ def test_yaml_and_json_read_back_equal(tmp_path_factory: pytest.TempPathFactory,
 
 @given(config=configs())
 def test_the_written_form_is_flat(config: AgentSDConfig) -> None:
-    """A phase is one mapping, with the fields of its attention beside its own."""
+    """A phase is one mapping, with the fields of its attention beside the phase's."""
     written = config.to_dict()
     assert list(written) == ["phases", "steps", "seed"]
     names = {Agent: "agent", Merge: "merge", KV: "kv", type(None): None}
@@ -65,7 +65,7 @@ def test_preset_paper_is_the_default_and_is_what_was_published() -> None:
 
 
 def test_the_other_presets_are_what_the_tables_measured() -> None:
-    """The configurations of before the techniques had classes of their own, written out."""
+    """The configurations behind the tables in docs/benchmarks.md, written out."""
     fast = (
         Phase(attention=KV(stride=8), levels=0),
         Phase(attention=KV(stride=2, kv_ratio=0.5), levels=-1),

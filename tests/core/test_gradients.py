@@ -81,9 +81,10 @@ def test_deterministic_algorithms_sum_in_a_fixed_order_and_give_the_same(unet: A
     torch.testing.assert_close(fixed, ordinary, rtol=0, atol=1e-12)
 
 
-def test_a_call_with_gradients_may_follow_one_in_inference_mode(unet: Any) -> None:
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_call_with_gradients_may_follow_one_in_inference_mode(unet: Any, name: str) -> None:
     """What a call keeps for the next ones is no inference tensor, which autograd refuses to save."""
-    agentsd.apply(unet)
+    agentsd.apply(unet, throughout(name))
     call = torch.randn(1, 4, 10, 14).double(), 300, torch.randn(1, 3, 8).double()
     with torch.inference_mode():
         unet(*call)

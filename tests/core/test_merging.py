@@ -184,7 +184,7 @@ def test_destinations_are_uniform_over_the_cell() -> None:
     assert all(uniform(offsets[:, cell]) for cell in range(offsets.shape[1]))
 
 
-def test_destinations_leave_the_global_generator_alone() -> None:
+def test_destinations_do_not_touch_the_global_generator() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     one = destinations((16, 16), (4, 4), 3, CPU)

@@ -205,8 +205,8 @@ def test_describe_names_each_layer_once(name: str) -> None:
 def test_describe_counts_the_layers_that_work_on_fewer_tokens(name: str) -> None:
     run = seen(name)
     fewer = [layer for layer, counts in run.merged.items() if max(counts) < max(run.tokens[layer])]
-    whole = [layer for layer, counts in run.merged.items() if counts == run.tokens[layer]]
-    assert len(fewer) + len(whole) == len(run.tokens)
+    unmerged = [layer for layer, counts in run.merged.items() if counts == run.tokens[layer]]
+    assert len(fewer) + len(unmerged) == len(run.tokens)
     assert len(fewer) == run.family.covered
     rows = covered_rows(run.report)
     assert sorted(layer_key(row.name) for row in rows) == sorted(map(layer_key, fewer))
@@ -335,7 +335,7 @@ def test_animatediff_with_a_controlnet() -> None:
     assert torch.equal(draw(pipe), stock)
 
 
-# Adapters and perturbed attention, which put processors of their own in place
+# Adapters and perturbed attention, which bring processors
 
 
 def test_an_ip_adapter_may_be_loaded_before_or_after() -> None:
