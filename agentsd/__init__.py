@@ -7,7 +7,7 @@ from agentsd.config import KV, Agent, AgentSDConfig, AgentSDWarning, Merge, Phas
 from agentsd.describe import Report, describe
 
 if TYPE_CHECKING:
-    from agentsd.view import View, visualize
+    from agentsd.views import View, visualize
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,6 @@ def __getattr__(name: str) -> Any:
     """Pictures are loaded when they are asked for."""
     if name not in ("View", "visualize"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from agentsd import view
+    from agentsd import views
 
-    return getattr(view, name)
+    return getattr(views, name)

@@ -63,11 +63,14 @@ def draw(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    if set_bar := getattr(pipe, "set_progress_bar_config", None):
-        set_bar(desc=label, disable=True if label is None else None, leave=False)
-    began = now()
-    result = pipe(prompts, generator=generators(seeds), output_type=output, **call)
-    seconds = now() - began
+    set_bar, bar = getattr(pipe, "set_progress_bar_config", dict), getattr(pipe, "_progress_bar_config", {})
+    set_bar(desc=label, disable=True if label is None else None, leave=False)
+    try:
+        began = now()
+        result = pipe(prompts, generator=generators(seeds), output_type=output, **call)
+        seconds = now() - began
+    finally:
+        set_bar(**bar)
     flagged = any(getattr(result, "nsfw_content_detected", None) or [])
     if output == "pil":
         return Drawn(list(result.images), None, seconds, flagged)

@@ -2,10 +2,12 @@
 
 import argparse
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from agentsd import AgentSDConfig, __version__, pipelines
 from agentsd.cli.command import Parser, formatter, number, whole
 
 PROGRAM = "agentsd-generate"
@@ -17,75 +19,20 @@ DESCRIPTION = (
 EXAMPLES = """examples:
   agentsd-generate --prompt "a large red circle on the left and a small blue star on the right"
   agentsd-generate --prompt "a photo of an astronaut" --model org/name --ratio 0.5 --compare
-  agentsd-generate --prompt "a black ring" --set "*/attention=kv" --set 0/stride=4 --set 1/stride=2
+  agentsd-generate --prompt "a black ring" --set attention=kv --set 0/stride=4 --set 1/stride=2
   agentsd-generate --from-png outputs/agentsd-0001.png --stock
 """
-
-
-@dataclass(kw_only=True)
-class Settings:
-    """What to do: the command line over what a PNG file recorded over these defaults; with None, steps 0, strength
-    0 and guidance -1 the model or other options decide."""
-
-    prompt: list[str] = field(default_factory=list)
-    prompt_file: Path | None = None
-    negative_prompt: str = ""
-    from_png: Path | None = None
-    model: str = "demo"
-    model_config: str | None = None
-    lora: list[str] = field(default_factory=list)
-    dtype: str | None = None
-    device: str | None = None
-    allow_pickle: bool = False
-    stock: bool = False
-    preset: str | None = None
-    config: Path | None = None
-    ratio: float | None = None
-    set: list[str] = field(default_factory=list)
-    refine: Path | None = None
-    attention_backend: str | None = None
-    compile: bool = False
-    steps: int = 0
-    guidance_scale: float = -1
-    scheduler: str | None = None
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    num_images: int = 1
-    batch_size: int = 1
-    init_image: Path | None = None
-    strength: float = 0
-    mask: Path | None = None
-    output: Path = Path("outputs")
-    compare: bool = False
-    quiet: bool = False
-    threads: int = 0  # recorded, not an option: sums are split, and so rounded, by the number of threads
-
-    def resolve(self) -> None:
-        """Fill in the defaults that depend on other options."""
-        demo = self.model == "demo"
-        self.steps = self.steps or (25 if demo else 50)
-        if self.guidance_scale < 0:
-            self.guidance_scale = 4.0 if demo else 7.5
-        if self.init_image:
-            self.strength = self.strength or (1.0 if self.mask else 0.8)
 
 
 class _Version(argparse.Action):
     def __call__(self, *_: Any) -> NoReturn:
         import diffusers
-        import torch
 
-        import agentsd
-
-        print(f"agentsd {agentsd.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
+        print(f"agentsd {__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
         raise SystemExit(0)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from agentsd import AgentSDConfig
-    from agentsd.pipelines import SCHEDULERS
-
     parser = Parser(
         prog=PROGRAM,
         description=textwrap.fill(DESCRIPTION, 110),
@@ -132,22 +79,25 @@ def build_parser() -> argparse.ArgumentParser:
     choice.add_argument("--preset", metavar="NAME", help=f"{' or '.join(AgentSDConfig.presets())} (default: paper)")
     choice.add_argument("--config", type=Path, metavar="FILE", help="a configuration in a YAML file")
     group.add_argument(
-        "--ratio", type=number, metavar="R", help="share of the tokens to merge (default: the configuration's)"
-    )
-    group.add_argument(
         "--set",
         action="append",
-        metavar="PHASE/FIELD=VALUE",
-        help="change a field of a phase (0 is the first, * is all), or FIELD=VALUE of the configuration; repeatable",
+        metavar="KEY=VALUE",
+        help="change a field in every phase that has it (stride=8), in one phase (0/stride=8; 0 is the first) or of "
+        "the step cache (steps/interval=3); repeatable",
     )
     group.add_argument(
-        "--refine", type=Path, metavar="FILE", help="a trained refinement of the agent attention, as safetensors"
+        "--ratio",
+        action="append",
+        dest="set",
+        type=lambda text: f"ratio={number(text)!r}",
+        metavar="R",
+        help="share of the tokens to merge: --set ratio=R",
     )
     group.add_argument(
         "--attention-backend",
         metavar="NAME",
         help="sdpa, xformers, sliced or a diffusers attention backend, for stock and accelerated alike (default: the "
-        "model's own)",
+        "model's)",
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the UNet's transformer blocks with torch.compile"
@@ -158,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=whole(1), metavar="N", help="denoising steps (default: 25 with the demo model, else 50)"
     )
     group.add_argument("--guidance-scale", type=number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
-    group.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: the model's own)")
+    group.add_argument(
+        "--scheduler", metavar="NAME", help=f"{', '.join(pipelines.SCHEDULERS)} (default: the model's own)"
+    )
     group.add_argument(
         "--seed", type=whole(0, 2**63 - 1), metavar="N", help="image number i starts from seed + i (default: 0)"
     )

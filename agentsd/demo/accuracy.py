@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from agentsd import drawing
 from agentsd.demo import scenes
 from agentsd.demo.checker import ATTRIBUTES, AttributeChecker, score
+from agentsd.results import write_image
 
 
 def held_out_prompts(count: int, seed: int = 1) -> list[str]:
@@ -46,7 +48,6 @@ def draw(
 
     With `folder`, each is a PNG file there, and those that are there already are not drawn again.
     """
-    pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc="pictures", unit="batch"):
         numbers = range(start, min(start + batch, len(prompts)))
@@ -54,17 +55,12 @@ def draw(
         if files and all(file.exists() for file in files):
             images += [Image.open(file).convert("RGB") for file in files]
             continue
-        made = pipe(
-            [prompts[number] for number in numbers],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(number) for number in numbers],
-        ).images
+        part = [prompts[number] for number in numbers]
+        made = drawing.draw(pipe, part, numbers, num_inference_steps=steps, guidance_scale=guidance).images
         images += made
         for file, image in zip(files, made, strict=False):
             file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file.with_suffix(".part"), format="png")
-            file.with_suffix(".part").replace(file)
+            write_image(file, image)
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
 
 

@@ -11,9 +11,9 @@ import gradio as gr
 import torch
 
 from agentsd import AgentSDConfig, Report
-from agentsd.cli.arguments import Settings
-from agentsd.ui.doors import Doors
-from agentsd.ui.studio import KINDS, Cancelled, Progress, Result, Studio, Wish
+from agentsd.generate.request import Settings
+from agentsd.ui.access import Access
+from agentsd.ui.studio import KINDS, Cancelled, Progress, Request, Result, Studio
 
 PROMPT = "a large red circle on the left, a small blue star on the right, on a striped green background"
 IN_GALLERY = 24
@@ -34,7 +34,7 @@ def build(studio: Studio) -> gr.Blocks:
     """The page: what to draw on one side, the images and what was measured on the other."""
     limits = studio.limits
     models = list(studio.models)
-    first = _defaults(models[0])
+    first = Settings(model=models[0])
     running: dict[str, threading.Event] = {}
 
     def generate(
@@ -43,36 +43,36 @@ def build(studio: Studio) -> gr.Blocks:
         model: str,
         preset: str,
         ratio: float,
-        steps: float,
+        steps: int,
         guidance: float,
-        seed: float,
-        width: float | None,
-        height: float | None,
+        seed: int,
+        width: int | None,
+        height: int | None,
         gallery: list[tuple[str, str]],
-        request: gr.Request,
+        visit: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
-        session = str(request.session_hash)
+        session = str(visit.session_hash)
         cancelled = running[session] = threading.Event()
         yield {status: _waiting("Loading the model …")}
         try:
-            wish = Wish(
+            request = Request(
                 prompt=prompt,
                 negative_prompt=negative,
                 model=model,
                 preset=preset,
-                ratio=_number("ratio", ratio),
-                steps=_number("steps", steps),
-                guidance_scale=_number("guidance scale", guidance),
-                seed=_number("seed", seed),
+                ratio=ratio,
+                steps=steps,
+                guidance_scale=guidance,
+                seed=seed,
                 width=width or None,
                 height=height or None,
             )
-            for news in studio.draw(wish, cancelled):
+            for news in studio.draw(request, cancelled):
                 if isinstance(news, Progress):
                     yield {status: _progress(news)}
                 else:
                     pairs = [
-                        (str(path), f"{kind}, {_short(prompt)}, seed {int(seed)}")
+                        (str(path), f"{kind}, {_short(prompt)}, seed {seed}")
                         for kind, path in zip(KINDS, news.paths, strict=True)
                     ]
                     gallery = [*pairs, *gallery][:IN_GALLERY]
@@ -94,16 +94,16 @@ def build(studio: Studio) -> gr.Blocks:
         finally:
             running.pop(session, None)
 
-    def cancel(request: gr.Request) -> str:
-        event = running.get(str(request.session_hash))
+    def cancel(visit: gr.Request) -> str:
+        event = running.get(str(visit.session_hash))
         if event:
             event.set()
         return "<p>Cancelled.</p>" if event else "<p>Nothing is running.</p>"
 
     def with_preset(preset: str) -> Any:
-        plays = AgentSDConfig.from_preset(preset).uses_ratio
-        info = "Share of the tokens merged away." if plays else f"Plays no part in preset {preset}."
-        return gr.update(interactive=plays, info=info)
+        used = AgentSDConfig.from_preset(preset).has("ratio")
+        info = "Share of the tokens merged away." if used else f"Has no effect in preset {preset}."
+        return gr.update(interactive=used, info=info)
 
     with gr.Blocks(title="AgentSD", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# AgentSD\nOne prompt, drawn by stock Stable Diffusion and with accelerated self-attention.")
@@ -131,8 +131,8 @@ def build(studio: Studio) -> gr.Blocks:
                     negative = gr.Textbox("", label="Negative prompt", max_length=limits.letters, elem_id="negative")
                     guidance = gr.Number(first.guidance_scale, label="Guidance scale", elem_id="guidance")
                     with gr.Row():
-                        width = gr.Number(0, precision=0, label="Width", info="0: the model's own.", elem_id="width")
-                        height = gr.Number(0, precision=0, label="Height", info="0: the model's own.", elem_id="height")
+                        width = gr.Number(0, precision=0, label="Width", info="0: by the model.", elem_id="width")
+                        height = gr.Number(0, precision=0, label="Height", info="0: by the model.", elem_id="height")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
@@ -179,7 +179,7 @@ def build(studio: Studio) -> gr.Blocks:
         stop.click(cancel, None, status, cancels=[run], queue=False, show_progress="hidden", api_visibility="private")
         preset.change(with_preset, preset, ratio, queue=False, show_progress="hidden", api_visibility="private")
         model.change(
-            lambda name: [(one := _defaults(name)).steps, one.guidance_scale],
+            lambda name: [(one := Settings(model=name)).steps, one.guidance_scale],
             model,
             [steps, guidance],
             queue=False,
@@ -198,7 +198,7 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
     from starlette.middleware import Middleware
 
     folder = studio.output.folder.resolve()
-    # gradio keeps copies of what it shows in a folder of its own; it is to lie in the only one that is served.
+    # gradio keeps copies of what it shows; they are to lie in the only folder that is served.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
     page = build(studio)
     # Not in every gradio 6.
@@ -219,22 +219,10 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
         allowed_paths=[str(folder)],
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
-        app_kwargs={"middleware": [Middleware(Doors, folder=folder)]},
+        app_kwargs={"middleware": [Middleware(Access, folder=folder)]},
         **newer,
     )
     return page, address
-
-
-def _defaults(model: str) -> Settings:
-    settings = Settings(model=model)
-    settings.resolve()
-    return settings
-
-
-def _number(name: str, value: float | None) -> float:
-    if value is None:
-        raise ValueError(f"{name} is empty; it must be a number")
-    return value
 
 
 def _short(text: str) -> str:
@@ -271,10 +259,8 @@ def _numbers(result: Result) -> str:
 
 
 def _table(report: Report) -> str:
-    lines = str(report).splitlines()
-    end = 2 + len(report.layers)
-    head, *rows = [[escape(cell) for cell in line.split("  ") if cell.strip()] for line in (lines[0], *lines[2:end])]
-    cells = "".join("<tr>" + "".join(f"<td>{cell.strip()}</td>" for cell in row) + "</tr>" for row in rows)
-    heads = "".join(f"<th>{cell.strip()}</th>" for cell in head)
-    notes = "".join(f"<p>{escape(line)}</p>" for line in lines[end:])
+    head, *rows = [[escape(cell) for cell in line] for line in report.table()]
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    heads = "".join(f"<th>{cell}</th>" for cell in head)
+    notes = "".join(f"<p>{escape(line)}</p>" for line in str(report).splitlines()[2 + len(rows) :])
     return f"<div><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>{notes}"

@@ -1,26 +1,27 @@
 """What the web page does, without the page: checking what is asked for, drawing it twice, writing it down."""
 
 import json
-import math
 import queue
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentsd import AgentSDConfig, AgentSDWarning, __version__, apply, describe, disabled
-from agentsd.cli.comparison import psnr
-from agentsd.cli.images import Output
-from agentsd.cli.parameters import format_parameters
+import torch
+from PIL.Image import Image
+
+from agentsd import AgentSDConfig, AgentSDWarning, Report, apply, checks, describe, disabled, pipelines
+from agentsd.demo import unknown_words
+from agentsd.drawing import draw
+from agentsd.generate import metadata
+from agentsd.generate.output import Output
+from agentsd.images import psnr
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from PIL.Image import Image
-
-    from agentsd import Report
 
 KINDS = ("stock", "accelerated")
 
@@ -35,7 +36,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What the visitor of the page asks for; None leaves width and height to the model."""
 
     prompt: str
@@ -43,11 +44,11 @@ class Wish:
     model: str
     preset: str
     ratio: float
-    steps: float
+    steps: int
     guidance_scale: float
-    seed: float
-    width: float | None = None
-    height: float | None = None
+    seed: int
+    width: int | None = None
+    height: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Result:
     seconds: tuple[float, float]
     psnr: float
     parameters: str
-    report: "Report"
+    report: Report
     warnings: tuple[str, ...]
     unknown: tuple[str, ...]
 
@@ -93,7 +94,7 @@ class Studio:
         models: what `agentsd.pipelines.load` takes. Nothing else can be loaded; visitors know them by their last name.
         output: the folder where images go.
         limits: what may be asked for.
-        dtype: of the models; None is the device's own.
+        dtype: of the models; None is float16 on CUDA and float32 elsewhere.
         device: where they run; None is the best there is.
 
     Raises:
@@ -109,8 +110,6 @@ class Studio:
         dtype: str | None = None,
         device: str | None = None,
     ) -> None:
-        from agentsd import pipelines
-
         self.models: dict[str, str] = {}
         for model in models:
             path = pipelines.find(model)
@@ -127,43 +126,41 @@ class Studio:
         self._loaded: tuple[str, DiffusionPipeline] | None = None
         self._warm: set[tuple[Any, ...]] = set()
 
-    def check(self, wish: Wish) -> AgentSDConfig:
+    def check(self, request: Request) -> AgentSDConfig:
         """The configuration that is asked for.
 
         Raises:
             ValueError: in one sentence, if anything is asked for that is not allowed.
         """
-        if not wish.prompt.strip():
+        if not request.prompt.strip():
             raise ValueError("the prompt is empty: it says what to draw")
-        for name, text in (("prompt", wish.prompt), ("negative prompt", wish.negative_prompt)):
+        for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
             if len(text) > self.limits.letters:
                 raise ValueError(f"the {name} has {len(text)} letters; it may have {self.limits.letters}")
-        if wish.model not in self.models:
-            raise ValueError(f"model is {wish.model!r}; it must be one of {', '.join(self.models)}")
-        _whole("steps", wish.steps, 1, self.limits.steps)
-        _whole("seed", wish.seed, 0, 2**53)  # the whole numbers that a web page can count
-        if not 0 <= wish.guidance_scale <= 50:
-            raise ValueError(f"guidance scale is {wish.guidance_scale:g}; it must be from 0 to 50")
-        for name, side in (("width", wish.width), ("height", wish.height)):
+        checks.choice("model", request.model, self.models)
+        checks.whole("steps", request.steps, 1, self.limits.steps)
+        checks.whole("seed", request.seed, 0, 2**53)  # the whole numbers that a web page can count
+        checks.number("guidance scale", request.guidance_scale, 0, 50)
+        for name, side in (("width", request.width), ("height", request.height)):
             if side is not None:
-                _whole(name, side, 8, self.limits.side)
-        config = AgentSDConfig.from_preset(wish.preset)
-        return config.replace(ratio=wish.ratio) if config.uses_ratio else config
+                checks.whole(name, side, 8, self.limits.side)
+        config = AgentSDConfig.from_preset(request.preset)
+        return config.replace(ratio=request.ratio) if config.has("ratio") else config
 
-    def draw(self, wish: Wish, cancelled: threading.Event) -> Iterator[Progress | Result]:
+    def draw(self, request: Request, cancelled: threading.Event) -> Iterator[Progress | Result]:
         """Draw the prompt stock and accelerated; step by step, and at the end the result.
 
         Raises:
             Cancelled: `cancelled` was set.
             ValueError: in one sentence, if anything is asked for that is not allowed or cannot be done.
         """
-        config = self.check(wish)
+        config = self.check(request)
         news: queue.SimpleQueue[Progress | Result | BaseException] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 with self._lock:
-                    news.put(self._draw(wish, config, cancelled, news))
+                    news.put(self._draw(request, config, cancelled, news))
             except BaseException as error:
                 news.put(error)
 
@@ -180,25 +177,14 @@ class Studio:
             cancelled.set()
 
     def _draw(
-        self, wish: Wish, config: AgentSDConfig, cancelled: threading.Event, news: "queue.SimpleQueue[Any]"
+        self, request: Request, config: AgentSDConfig, cancelled: threading.Event, news: "queue.SimpleQueue[Any]"
     ) -> Result:
-        from agentsd import pipelines
-        from agentsd.demo import unknown_words
-
         if cancelled.is_set():
             raise Cancelled
-        pipe = self._pipe(wish.model)
-        multiple, default = pipelines.size_multiple(pipe), pipelines.default_size(pipe)
-        width, height = int(wish.width or default[0]), int(wish.height or default[1])
-        for name, side in (("width", width), ("height", height)):
-            if side % multiple:
-                raise ValueError(f"{name} is {side}; for this model it must be a multiple of {multiple}")
-            if side > self.limits.side:
-                raise ValueError(f"{name} is {side}; it must be at most {self.limits.side}")
+        pipe = self._pipe(request.model)
+        size = self._size(request, pipe)
 
-        def run(kind: str, steps: int) -> "tuple[Image, float]":
-            import torch
-
+        def run(kind: str, steps: int) -> tuple[Image, float]:
             def step_ends(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 if cancelled.is_set():
                     raise Cancelled
@@ -206,34 +192,31 @@ class Studio:
                 return {}
 
             news.put(Progress(kind, 0, steps))
-            started = time.perf_counter()
-            image = pipe(
-                wish.prompt,
-                negative_prompt=wish.negative_prompt or None,
-                num_inference_steps=steps,
-                guidance_scale=wish.guidance_scale,
-                width=width,
-                height=height,
-                generator=torch.Generator("cpu").manual_seed(int(wish.seed)),
-                callback_on_step_end=step_ends,
-            ).images[0]
-            return image, time.perf_counter() - started
+            with disabled(pipe) if kind == "stock" else nullcontext():
+                drawn = draw(
+                    pipe,
+                    request.prompt,
+                    request.seed,
+                    negative_prompt=[request.negative_prompt] if request.negative_prompt else None,
+                    num_inference_steps=steps,
+                    guidance_scale=request.guidance_scale,
+                    width=size[0],
+                    height=size[1],
+                    callback_on_step_end=step_ends,
+                )
+            return drawn.images[0], drawn.seconds
 
-        def both(steps: int) -> "list[tuple[Image, float]]":
-            with disabled(pipe):
-                stock = run("stock", steps)
-            return [stock, run("accelerated", steps)]
-
-        key = (wish.model, width, height, json.dumps(config.to_dict()))
+        key = (request.model, size, json.dumps(config.to_dict()))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", AgentSDWarning)
             apply(pipe, config)
             if key not in self._warm:  # the first call of a size is slow, whatever it is
-                both(1)
+                for kind in KINDS:
+                    run(kind, 1)
                 self._warm.add(key)
-            (stock, before), (accelerated, after) = both(int(wish.steps))
-        texts = [self._text(wish, pipe, (width, height), setting) for setting in (None, config)]
+            (stock, before), (accelerated, after) = (run(kind, request.steps) for kind in KINDS)
+        texts = [self._text(request, pipe, size, setting) for setting in (None, config)]
         paths = self.output.save([(stock, texts[0]), (accelerated, texts[1])])
         return Result(
             (paths[0], paths[1]),
@@ -242,50 +225,35 @@ class Studio:
             texts[1],
             describe(pipe),
             tuple(str(warning.message) for warning in caught),
-            tuple(unknown_words(wish.prompt)) if wish.model == "demo" else (),
+            tuple(unknown_words(request.prompt)) if request.model == "demo" else (),
         )
 
     def _pipe(self, name: str) -> "DiffusionPipeline":
-        from agentsd import pipelines
-
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # there may not be room for both
-            pipe = pipelines.load(self.models[name], dtype=self.dtype, device=self.device)
-            pipe.set_progress_bar_config(disable=True)
-            self._loaded = name, pipe
+            self._loaded = name, pipelines.load(self.models[name], dtype=self.dtype, device=self.device)
         return self._loaded[1]
 
-    def _text(self, wish: Wish, pipe: "DiffusionPipeline", size: tuple[int, int], config: AgentSDConfig | None) -> str:
+    def _size(self, request: Request, pipe: "DiffusionPipeline") -> tuple[int, int]:
+        """Width and height in pixels."""
+        multiple, default = pipelines.size_multiple(pipe), pipelines.default_size(pipe)
+        width, height = request.width or default[0], request.height or default[1]
+        for name, side in (("width", width), ("height", height)):
+            if side % multiple:
+                raise ValueError(f"{name} is {side}; for this model it must be a multiple of {multiple}")
+            if side > self.limits.side:
+                raise ValueError(f"{name} is {side}; it must be at most {self.limits.side}")
+        return width, height
+
+    def _text(
+        self, request: Request, pipe: "DiffusionPipeline", size: tuple[int, int], config: AgentSDConfig | None
+    ) -> str:
         """What the file says about its image: what agentsd-generate writes, with the model by its last name."""
-        import torch
-
-        from agentsd import pipelines
-
         run = {
-            "model": wish.model,
+            "model": request.model,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
-        fields: dict[str, object] = {
-            "Steps": int(wish.steps),
-            "Sampler": pipelines.sampler_name(pipe),
-            "CFG scale": f"{wish.guidance_scale:g}",
-            "Seed": int(wish.seed),
-            "Size": f"{size[0]}x{size[1]}",
-            "Model": Path(wish.model).stem,
-            "AgentSD": "off" if config is None else json.dumps(config.to_dict()),
-            "AgentSD run": json.dumps(run),
-            "Version": f"AgentSD {__version__}",
-        }
-        return format_parameters(wish.prompt, wish.negative_prompt, fields)
-
-
-def _whole(name: str, value: float, low: int, high: int) -> None:
-    if (
-        not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value != int(value)
-        or not low <= value <= high
-    ):
-        raise ValueError(f"{name} is {value}; it must be a whole number from {low} to {high}")
+        fields = metadata.describe_run(pipe, run, steps=request.steps, guidance_scale=request.guidance_scale, size=size)
+        return metadata.parameters(fields, request.prompt, request.negative_prompt, request.seed, config)

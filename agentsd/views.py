@@ -10,10 +10,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from agentsd.merging import TokenMap
-from agentsd.patch import find_layers, is_applied, networks, stock_module
-from agentsd.processor import AgentSDProcessor, Block, Counts, Plan, counts
-from agentsd.report import describe
+from agentsd.api import is_applied
+from agentsd.describe import describe
+from agentsd.drawing import draw
+from agentsd.hosts.diffusers_unet import AgentSDProcessor, find_layers, networks
+from agentsd.layer import BlockState
+from agentsd.ops.merging import TokenMap
+from agentsd.planning import LayerPlan
 
 _SIDE = 512
 _ROWS, _COLUMNS = 3, 4
@@ -30,7 +33,7 @@ class Aggregation:
         key: what is looked at, H×m×d.
         bias: added to the scores; with one row for all, or one for each agent.
         scale: of the scores.
-        keys: group of keys of each token, N int64; None where every token has its own.
+        keys: group of keys of each token, N int64; None where no keys are merged.
     """
 
     query: Tensor
@@ -58,9 +61,9 @@ class View:
         step: the denoising step, from 0.
         attention: what is in force: `agent`, `merge` or `kv`.
         grid: height and width of the token grid.
-        places: row-major token indices of the n destinations, int64.
+        destination_tokens: row-major token indices of the n destinations, int64.
         index: group of each token, N int64. Group i < n is that of destination i, in `agent` and `kv` the tokens for
-            which agent i stands; tokens that are not folded are groups of their own after them.
+            which agent i stands; each token that is not merged is a group after them.
         aggregation: what the attention maps are computed from.
     """
 
@@ -69,7 +72,7 @@ class View:
     step: int
     attention: str
     grid: tuple[int, int]
-    places: Tensor
+    destination_tokens: Tensor
     index: Tensor
     aggregation: Aggregation
 
@@ -83,30 +86,32 @@ class View:
         Raises:
             ValueError: there is no such agent.
         """
-        if not 0 <= agent < len(self.places):
-            raise ValueError(f"agent is {agent!r}; it must be a whole number from 0 to {len(self.places) - 1}")
+        if not 0 <= agent < len(self.destination_tokens):
+            raise ValueError(
+                f"agent is {agent!r}; it must be a whole number from 0 to {len(self.destination_tokens) - 1}"
+            )
         return self.aggregation.weights(agent).view(self.grid)
 
     def nearest(self, x: float, y: float) -> int:
         """The number of the destination that is nearest to the point (x, y) of the image, in pixels."""
         height, width = self.grid
-        across = (self.places % width + 0.5) * (self.image.width / width) - x
-        down = (self.places // width + 0.5) * (self.image.height / height) - y
+        across = (self.destination_tokens % width + 0.5) * (self.image.width / width) - x
+        down = (self.destination_tokens // width + 0.5) * (self.image.height / height) - y
         return int((across**2 + down**2).argmin())
 
     @cached_property
     def destinations(self) -> Image.Image:
         """The destination tokens, each in the colour of its group, over the image."""
         picture = self._dimmed(0.55)
-        draw = ImageDraw.Draw(picture)
-        for number, place in enumerate(self.places.tolist()):
-            draw.rectangle(self._box(place, picture), fill=colour(number), outline="white")
+        pen = ImageDraw.Draw(picture)
+        for number, token in enumerate(self.destination_tokens.tolist()):
+            pen.rectangle(self._box(token, picture), fill=colour(number), outline="white")
         return picture
 
     @cached_property
     def groups(self) -> Image.Image:
-        """A colour for each group of several tokens over the image, with lines between groups; tokens that stay alone
-        are left as they are."""
+        """A colour for each group of several tokens over the image, with lines between groups; tokens that are not
+        merged keep the image's colours."""
         picture = self._zoomed()
         width, height = picture.size
         rows = np.arange(height) * self.grid[0] // height
@@ -115,14 +120,14 @@ class View:
         sizes = self.index.bincount().numpy()
         palette = np.array([colour(number) for number in range(len(sizes))], dtype=np.float32)
         image = np.asarray(picture, dtype=np.float32)
-        folded = (sizes > 1)[group]
-        out = np.where(folded[..., None], 0.35 * image + 0.65 * palette[group], image)
+        merged = (sizes > 1)[group]
+        out = np.where(merged[..., None], 0.35 * image + 0.65 * palette[group], image)
         edge = np.zeros(group.shape, dtype=bool)
         for axis in (0, 1):
             differs = np.diff(group, axis=axis) != 0
             after = (slice(1, None), slice(None))[:: 1 if axis == 0 else -1]
             edge[after] |= differs
-        out[edge & folded] *= 0.4
+        out[edge & merged] *= 0.4
         return Image.fromarray(out.astype(np.uint8))
 
     @cached_property
@@ -149,10 +154,10 @@ class View:
         heat = np.stack([np.interp(strength, stops, channel) for channel in zip(*_HEAT, strict=True)], axis=-1)
         over = (0.85 * strength)[..., None]
         picture = Image.fromarray(((1 - over) * np.asarray(picture) + over * heat).astype(np.uint8))
-        left, top, right, bottom = self._box(int(self.places[agent]), picture)
-        draw = ImageDraw.Draw(picture)
+        left, top, right, bottom = self._box(int(self.destination_tokens[agent]), picture)
+        pen = ImageDraw.Draw(picture)
         for grow, ink in ((6, "black"), (5, "white"), (4, "white"), (3, "black")):
-            draw.ellipse((left - grow, top - grow, right + grow, bottom + grow), outline=ink)
+            pen.ellipse((left - grow, top - grow, right + grow, bottom + grow), outline=ink)
         return picture
 
     def _zoomed(self) -> Image.Image:
@@ -181,91 +186,82 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 class _Watch:
-    """Looks at one layer during one step of a run."""
+    """Looks at one layer during one step of a run.
+
+    Attributes:
+        ran: whether the layer was computed in that step.
+        plan: what was done in it; None if it was unmodified.
+        groups: which are shown.
+        keys: groups that share a key.
+    """
 
     def __init__(self, pipe: Any, step: int) -> None:
         self.pipe = pipe
         self.step = step
-        self.now = 0
         self.ran = False
-        self.block: Block | None = None
-        self.plan: Plan | None = None
-        self.todo: Counts | None = None
-        self.places: Tensor | None = None
+        self.plan: LayerPlan | None = None
         self.groups: TokenMap | None = None
         self.keys: TokenMap | None = None
-        self.softmax: tuple[Tensor, Tensor, Tensor | None, float] | None = None
+        self._now = 0
+        self._softmax: tuple[Tensor, Tensor, Tensor | None, float] | None = None
 
     def step_ends(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of the pipeline."""
-        self.now = step + 1
+        self._now = step + 1
         return {}
 
     def before(self, attn: Any, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the layer: what is planned, and a record of the softmax that comes."""
         if self.step >= self.pipe.num_timesteps:
             raise ValueError(f"step is {self.step}; it must be from 0 to {self.pipe.num_timesteps - 1} in this run")
-        if self.now != self.step:
+        if self._now != self.step:
             return
         self.ran, self.plan = True, None
         processor = attn.processor
-        plan = processor.block.plan(args[0]) if isinstance(processor, AgentSDProcessor) else None
-        todo = counts(plan.phase, plan.ratio, plan.grid) if plan else None
-        if plan and todo and todo.attention != "stock":
-            self.plan, self.todo, self.softmax = plan, todo, None
-            self.places, self.groups, self.keys = _groups(processor.block, plan, todo)
-            self.attend, processor.attend = processor.attend, self.record
+        plan = processor.state.plan(args[0]) if isinstance(processor, AgentSDProcessor) else None
+        if plan and plan.attention:
+            self.plan, self._softmax = plan, None
+            self.groups, self.keys = _groups(processor.state, plan)
+            self._attend, processor.attend = processor.attend, self.record
 
     def record(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
     ) -> Tensor:
         """The layer's softmax attention; of the two of agent attention the first is remembered."""
-        if self.softmax is None:
+        if self._softmax is None:
             bias = None if attn_mask is None else attn_mask[-1]
-            self.softmax = query[-1], key[-1], bias, query.shape[-1] ** -0.5 if scale is None else scale
-        return self.attend(query, key, value, attn_mask, scale=scale)
+            self._softmax = query[-1], key[-1], bias, query.shape[-1] ** -0.5 if scale is None else scale
+        return self._attend(query, key, value, attn_mask, scale=scale)
 
     def after(self, attn: Any, args: tuple[Any, ...], out: Tensor) -> None:
         """Forward hook of the layer."""
-        if self.now == self.step and self.plan:
-            attn.processor.attend = self.attend
+        if self._now == self.step and self.plan:
+            attn.processor.attend = self._attend
 
-    def aggregation(self) -> Aggregation | None:
-        """What was recorded; None if the processor that is wrapped kept its softmax to itself."""
-        if self.softmax is None:
+    def aggregation(self, destination_tokens: Tensor) -> Aggregation | None:
+        """What was recorded; None if the processor that is wrapped computes its softmax by itself."""
+        if self._softmax is None or self.plan is None:
             return None
-        assert self.places is not None
-        assert self.todo
-        query, key, bias, scale = self.softmax
-        rows = self.places if self.todo.attention == "kv" else slice(len(self.places))
+        query, key, bias, scale = self._softmax
+        rows = destination_tokens if self.plan.attention == "kv" else slice(len(destination_tokens))
         exact = torch.promote_types(query.dtype, torch.float32)
         query, key = (tensor.detach().to("cpu", exact) for tensor in (query[:, rows], key))
         bias = None if bias is None else bias.detach().to("cpu", exact)
         return Aggregation(query, key, bias, scale, None if self.keys is None else self.keys.index[-1].cpu())
 
 
-def _groups(block: Block, plan: Plan, todo: Counts) -> tuple[Tensor, TokenMap, TokenMap | None]:
-    """The destinations, the groups that are shown, and those that keys stand for."""
-    merged = block.merged(plan) if todo.attention != "kv" and todo.queries < plan.tokens else None
-    if todo.attention == "agent" and plan.phase.agents == "pool":
-        (height, width), (sy, sx) = plan.grid, plan.phase.cell_on(plan.grid)
-        rows, columns = height // sy, width // sx
-        row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
-        return plan.destinations, TokenMap((row[:, None] * columns + column).view(1, -1), todo.agents), merged
-    # The match may be one of an earlier step, with the destinations of that step.
-    match = block.matched(plan)
-    own = match.score[-1].isneginf().nonzero().flatten()
-    places = own[match.best[-1, own].argsort()]
-    if todo.attention == "merge":
-        assert merged
-        return places, merged, merged
-    folded = match.fold(plan.tokens - (todo.keys if todo.attention == "kv" else todo.agents))
-    return places, folded, folded if todo.attention == "kv" else merged
+def _groups(state: BlockState, plan: LayerPlan) -> tuple[TokenMap, TokenMap | None]:
+    """The groups that are shown, and those that share a key."""
+    if plan.attention == "kv":
+        groups = state.token_map(plan, plan.tokens - plan.keys)
+        return groups, groups
+    merged = state.merged(plan)
+    return state.token_map(plan, plan.tokens - plan.agents if plan.agents else plan.merged), merged
 
 
 def _layers(pipe: Any) -> dict[str, Any]:
     """The attention of each row of `describe`, by the row's name."""
-    layers = [layer for net in networks(pipe) for layer in find_layers(stock_module(net))]
+    layers = [layer for net in networks(pipe) for layer in find_layers(net)]
     return {row.name: layer.block.attn1 for row, layer in zip(describe(pipe).layers, layers, strict=True)}
 
 
@@ -287,8 +283,8 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
         Pictures of the destinations, of the groups and of what agents attend to, and the numbers behind them.
 
     Raises:
-        ValueError: the pipeline is not accelerated, the layer or the step does not exist, or the layer is stock in
-            that step.
+        ValueError: the pipeline is not accelerated, the layer or the step does not exist, or the layer is unmodified
+            in that step.
 
     Example:
         ```python
@@ -320,20 +316,16 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
     try:
         # Hooks would have a compiled model compiled again.
         with torch.compiler.set_stance("force_eager"):
-            image = pipe(
-                prompt,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                callback_on_step_end=watch.step_ends,
-                **call,
-            )[0][0]
+            image = draw(pipe, prompt, seed, callback_on_step_end=watch.step_ends, **call).images[0]
     finally:
         for handle in handles:
             handle.remove()
     if not watch.ran:
         raise ValueError(f"layer {name} is not computed in step {step}")
-    if watch.plan is None or watch.todo is None or watch.groups is None or watch.places is None:
-        raise ValueError(f"layer {name} is stock in step {step}: there is nothing to see")
-    aggregation = watch.aggregation()
+    plan, groups = watch.plan, watch.groups
+    if plan is None or groups is None or plan.destinations is None:
+        raise ValueError(f"layer {name} is unmodified in step {step}: there is nothing to see")
+    aggregation = watch.aggregation(plan.destinations)
     if aggregation is None:
         inner = type(layers[name].processor.inner).__name__
         raise ValueError(f"layer {name} computes its attention by {inner} in step {step}, which does not show it")
@@ -341,9 +333,9 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
         image=image,
         layer=name,
         step=step,
-        attention=watch.todo.attention,
-        grid=watch.plan.grid,
-        places=watch.places.cpu(),
-        index=watch.groups.index[-1].cpu(),
+        attention=str(plan.attention),
+        grid=plan.grid,
+        destination_tokens=plan.destinations.cpu(),
+        index=groups.index[-1].cpu(),
         aggregation=aggregation,
     )

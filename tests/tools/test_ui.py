@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agentsd import AgentSDConfig, Phase
+from agentsd import AgentSDConfig, StepCache
 from agentsd.cli.generate import main as generate
-from agentsd.cli.parameters import read_parameters
 from agentsd.cli.ui import build_parser, main
+from agentsd.images import read_parameters
 from agentsd.ui.page import _done, serve
-from agentsd.ui.studio import Cancelled, Limits, Progress, Result, Studio, Wish
+from agentsd.ui.studio import Cancelled, Limits, Progress, Request, Result, Studio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = (
@@ -32,7 +32,7 @@ PROMPT = "a red circle"
 WAIT = 300_000  # milliseconds; a loaded machine is slow
 
 
-def wish(**changes: Any) -> Wish:
+def request(**changes: Any) -> Request:
     values: dict[str, Any] = {
         "prompt": PROMPT,
         "negative_prompt": "blue, dark",
@@ -43,7 +43,7 @@ def wish(**changes: Any) -> Wish:
         "guidance_scale": 3.0,
         "seed": 7,
     }
-    return Wish(**values | changes)
+    return Request(**values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def address(studio: Studio) -> Iterator[str]:
 def test_both_images_are_drawn_and_can_be_drawn_again(
     studio: Studio, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    *steps, result = studio.draw(wish(), threading.Event())
+    *steps, result = studio.draw(request(), threading.Event())
     assert isinstance(result, Result)
     timed = [(news.kind, news.step) for news in steps if isinstance(news, Progress) and news.steps == 3]
     assert timed == [(kind, step) for kind in ("stock", "accelerated") for step in range(4)]
@@ -91,24 +91,24 @@ def test_both_images_are_drawn_and_can_be_drawn_again(
 
 def test_a_run_can_be_cancelled_and_the_next_one_works(studio: Studio) -> None:
     cancelled = threading.Event()
-    run = studio.draw(wish(steps=400), cancelled)
+    run = studio.draw(request(steps=400), cancelled)
     seen = [next(run) for _ in range(3)]
     cancelled.set()
     with pytest.raises(Cancelled):
         seen.extend(run)
     assert len(seen) < 400
-    assert isinstance(list(studio.draw(wish(steps=1), threading.Event()))[-1], Result)
+    assert isinstance(list(studio.draw(request(steps=1), threading.Event()))[-1], Result)
 
 
 def test_a_run_of_few_steps_is_warned_of(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    phase = Phase(attention="stock", reuse_interval=3)
+    cached = AgentSDConfig(steps=(StepCache(interval=3),))
     with monkeypatch.context() as patch:
-        patch.setattr(AgentSDConfig, "from_preset", lambda name: AgentSDConfig(phases=(phase,)))
-        *_, result = studio.draw(wish(steps=6), threading.Event())
+        patch.setattr(AgentSDConfig, "from_preset", lambda name: cached)
+        *_, result = studio.draw(request(steps=6), threading.Event())
     assert isinstance(result, Result)
-    assert [text.split(",")[0] for text in result.warnings] == ["reuse_interval is 3: in a run of 6 steps"]
-    assert '<p class="warning">Warning: reuse_interval is 3: in a run of 6 steps, ' in _done(result)
-    *_, result = studio.draw(wish(), threading.Event())
+    assert [text.split(",")[0] for text in result.warnings] == ["interval of steps is 3: in a run of 6 steps"]
+    assert '<p class="warning">Warning: interval of steps is 3: in a run of 6 steps, ' in _done(result)
+    *_, result = studio.draw(request(), threading.Event())
     assert isinstance(result, Result)
     assert not result.warnings
 
@@ -127,14 +127,14 @@ def test_a_run_of_few_steps_is_warned_of(studio: Studio, monkeypatch: pytest.Mon
         ({"steps": 1.5}, "steps is 1.5; it must be a whole number"),
         ({"steps": float("nan")}, "steps is nan; it must be"),
         ({"seed": -1}, "seed is -1; it must be"),
-        ({"guidance_scale": float("nan")}, "guidance scale is nan; it must be from 0 to 50"),
+        ({"guidance_scale": float("nan")}, "guidance scale is nan; it must be a number from 0 to 50"),
         ({"width": 264}, "width is 264; it must be a whole number from 8 to 256"),
         ({"height": 68}, "height is 68; for this model it must be a multiple of 8"),
     ],
 )
-def test_bad_wishes_get_one_sentence(studio: Studio, changes: dict[str, Any], message: str) -> None:
+def test_bad_requests_get_one_sentence(studio: Studio, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        list(studio.draw(wish(**changes), threading.Event()))
+        list(studio.draw(request(**changes), threading.Event()))
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,12 @@ def test_the_server_serves_its_folder_and_no_other_file(address: str, folder: Pa
     secret = folder.parent / "secret.txt"
     link = folder / "link.txt"
     link.symlink_to(secret)
-    own = Path(__file__)
+    this = Path(__file__)
     attempts = [
-        *(f"/gradio_api/file={path}" for path in ("/etc/passwd", secret, own, link, "tests/test_ui.py", "setup.cfg")),
+        *(
+            f"/gradio_api/file={path}"
+            for path in ("/etc/passwd", secret, this, link, "tests/tools/test_ui.py", "setup.cfg")
+        ),
         f"/gradio_api/file={folder}/../secret.txt",
         f"/gradio_api/file={folder}/%2e%2e/secret.txt",
         f"/gradio_api/file={folder}/..%2fsecret.txt",

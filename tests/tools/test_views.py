@@ -13,18 +13,17 @@ from torch import Tensor
 
 import agentsd
 import families
-from agentsd import AgentSDConfig, Phase, View
-from agentsd.patch import find_layers
-from agentsd.view import colour
+from agentsd import KV, Agent, AgentSDConfig, Merge, Phase, StepCache, View
+from agentsd.hosts.diffusers_unet import find_layers
+from agentsd.views import colour
 
 PROMPT, STEPS = "a red circle", 6
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 CONFIG = AgentSDConfig(
-    ratio=0.4,
     phases=(
-        Phase(until=0.4, attention="agent", stride=4, proportional=True),
-        Phase(until=0.7, attention="merge", stride=2),
-        Phase(until=1.0, attention="kv", stride=4, kv_ratio=0.8),
+        Phase(until=0.4, attention=Agent(ratio=0.4, stride=4)),
+        Phase(until=0.7, attention=Merge(ratio=0.4, stride=2)),
+        Phase(until=1.0, attention=KV(stride=4, kv_ratio=0.8)),
     ),
 )
 # Steps at t = 831, 499 and 1 of 1,000.
@@ -49,19 +48,19 @@ class Looked:
         self.x, self.y = (inputs[name][LOOKED_AT[attention]] for name in "xy")
         self.attention = attention
 
-    def groups(self, folded: int) -> list[list[int]]:
-        """The groups by the definition: the `folded` most similar sources join the destination they resemble most."""
+    def groups(self, merged: int) -> list[list[int]]:
+        """The groups by the definition: the `merged` most similar sources join the destination they resemble most."""
         unit = self.x / self.x.norm(dim=1, keepdim=True)
-        places = self.view.places.tolist()
+        destinations = self.view.destination_tokens.tolist()
         best = {}
-        for token in set(range(len(unit))) - set(places):
-            cosines = [float(unit[token] @ unit[place]) for place in places]
+        for token in set(range(len(unit))) - set(destinations):
+            cosines = [float(unit[token] @ unit[destination]) for token in destinations]
             best[token] = max(cosines), int(np.argmax(cosines))
         order = sorted(best, key=lambda token: -best[token][0])
-        groups = [[place] for place in places]
-        for token in order[:folded]:
+        groups = [[destination] for token in destinations]
+        for token in order[:merged]:
             groups[best[token][1]].append(token)
-        return groups + [[token] for token in order[folded:]]
+        return groups + [[token] for token in order[merged:]]
 
     def heads(self, projection: Any, tokens: Tensor) -> Tensor:
         """H×N×d."""
@@ -69,21 +68,21 @@ class Looked:
 
     def weights(self) -> Tensor:
         """n×N weights by the formulas of the methods, in float64."""
-        tokens, places = len(self.y), self.view.places
+        tokens, destinations = len(self.y), self.view.destination_tokens
         if self.attention == "agent":
             shown, keys = self.groups(tokens - 16), self.groups(int(0.4 * tokens))
         else:
             shown = keys = self.groups(int((0.4 if self.attention == "merge" else 0.8) * tokens))
-        looks = torch.stack([self.y[group].mean(0) for group in shown[: len(places)]])
+        looks = torch.stack([self.y[group].mean(0) for group in shown[: len(destinations)]])
         if self.attention == "kv":
-            looks = self.y[places]
+            looks = self.y[destinations]
         q = self.heads(self.attn.to_q, looks)
         k = self.heads(self.attn.to_k, torch.stack([self.y[group].mean(0) for group in keys]))
         scores = q @ k.mT / q.shape[-1] ** 0.5
-        if self.attention != "merge":
+        if self.attention == "kv":
             scores = scores + torch.tensor([len(group) for group in keys]).double().log()
         shares = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        out = torch.zeros(len(places), tokens, dtype=torch.float64)
+        out = torch.zeros(len(destinations), tokens, dtype=torch.float64)
         for number, group in enumerate(keys):
             out[:, group] = shares.mean(0)[:, number, None] / len(group)
         self.shown = shown
@@ -118,12 +117,12 @@ def test_groups_and_attention_are_those_of_the_definition(looked: dict[str, Look
     view, truth = looked[attention].view, looked[attention].weights()
     assert (view.attention, view.layer, view.step, view.grid) == (attention, LAYER, LOOKED_AT[attention], (16, 16))
     found = [(view.index == number).nonzero().flatten().tolist() for number in range(int(view.index.max()) + 1)]
-    places = view.places.tolist()
+    destinations = view.destination_tokens.tolist()
     shown = [sorted(group) for group in looked[attention].shown]
-    assert found[: len(places)] == shown[: len(places)]
-    assert sorted(found[len(places) :]) == sorted(shown[len(places) :])
-    assert all(view.index[place] == number for number, place in enumerate(places))
-    for agent in range(len(places)):
+    assert found[: len(destinations)] == shown[: len(destinations)]
+    assert sorted(found[len(destinations) :]) == sorted(shown[len(destinations) :])
+    assert all(view.index[destination] == number for number, destination in enumerate(destinations))
+    for agent in range(len(destinations)):
         weights = view.attention_map(agent)
         assert weights.shape == view.grid
         assert weights.dtype == torch.float64
@@ -134,9 +133,9 @@ def test_groups_and_attention_are_those_of_the_definition(looked: dict[str, Look
 
 def test_every_cell_has_one_destination_and_every_agent_one_group(looked: dict[str, Looked]) -> None:
     view = looked["agent"].view
-    cells = {(place // 16 // 4, place % 16 // 4) for place in view.places.tolist()}
-    assert len(cells) == len(view.places) == 16
-    assert len(view.index.unique()) == len(view.places)
+    cells = {(destination // 16 // 4, destination % 16 // 4) for destination in view.destination_tokens.tolist()}
+    assert len(cells) == len(view.destination_tokens) == 16
+    assert len(view.index.unique()) == len(view.destination_tokens)
 
 
 def test_the_image_is_that_of_an_ordinary_run_and_nothing_is_left_behind(pipe: Any, looked: dict[str, Looked]) -> None:
@@ -169,9 +168,11 @@ def pixel(picture: Image.Image, token: int) -> tuple[int, ...]:
 
 def test_destinations_are_drawn_in_the_colours_of_their_groups(looked: dict[str, Looked]) -> None:
     view = on_grey(looked["merge"].view)
-    places = view.places.tolist()
-    assert [pixel(view.destinations, place) for place in places] == [colour(number) for number in range(len(places))]
-    others = {pixel(view.destinations, token) for token in set(range(256)) - set(places)}
+    destinations = view.destination_tokens.tolist()
+    assert [pixel(view.destinations, destination) for token in destinations] == [
+        colour(number) for number in range(len(destinations))
+    ]
+    others = {pixel(view.destinations, token) for token in set(range(256)) - set(destinations)}
     assert others == {(70, 70, 70)}
     sizes = view.index.bincount()
     seen: dict[int, set[tuple[int, ...]]] = {}
@@ -194,9 +195,9 @@ def test_heat_is_hottest_where_the_agent_looks_most(looked: dict[str, Looked]) -
         for token in (weights.argmax(), weights.argmin())
     )
     assert hottest > 1.5 * coldest
-    assert view.nearest(0, 0) == int(view.index[view.places[0]])
-    row, column = divmod(int(view.places[middle]), 16)
-    distance = (((view.places // 16) - row) ** 2 + ((view.places % 16) - column) ** 2).float()
+    assert view.nearest(0, 0) == int(view.index[view.destination_tokens[0]])
+    row, column = divmod(int(view.destination_tokens[middle]), 16)
+    distance = (((view.destination_tokens // 16) - row) ** 2 + ((view.destination_tokens % 16) - column) ** 2).float()
     assert distance.argmin() == middle
     assert view.agents.size == (4 * 256 + 3 * 4, 3 * 256 + 2 * 4)
 
@@ -219,7 +220,7 @@ def stock(pipe: Any) -> Any:
         (None, {"prompt": ["a", "b"]}, "prompt is .*; it must be one text"),
         (None, {"layer": "unet.mid"}, f"layer is 'unet.mid'; it must be a name .* such as '{LAYER}', .* from 0 to 6"),
         (None, {"layer": 7}, "layer is 7; it must be .* from 0 to 6"),
-        (None, {"layer": 3}, r"layer unet.up_blocks.0\S+ is stock in step 1"),
+        (None, {"layer": 3}, r"layer unet.up_blocks.0\S+ is unmodified in step 1"),
         (lambda pipe: pipe.unet.set_attention_slice(1), {"step": 3}, "SlicedAttnProcessor in step 3"),
     ],
 )
@@ -233,38 +234,42 @@ def test_bad_input_gets_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_pooled_agents_and_controlnets_and_sdxl_are_shown_too() -> None:
+def test_controlnets_and_sdxl_are_shown_too() -> None:
     image = families.picture(0)
     pipe = families.sd("StableDiffusionControlNetPipeline", lambda: {"controlnet": families.controlnet()})()
-    agentsd.apply(pipe, ratio=0.4, phases=(Phase(stride=4, agents="pool"),))
+    agentsd.apply(pipe, phases=(Phase(attention=Agent(stride=4)),))
     rows = [row.name for row in agentsd.describe(pipe).layers]
     layer = next(index for index, name in enumerate(rows) if name.startswith("controlnet"))
     view = agentsd.visualize(pipe, PROMPT, 1, layer, num_inference_steps=2, image=image)
-    assert view.layer == rows[layer]
-    assert torch.equal(view.index.view(16, 16)[::4, ::4].flatten(), torch.arange(16))
-    assert torch.equal(view.index.view(4, 4, 4, 4), view.index.view(4, 4, 4, 4)[:, :1, :, :1].expand(4, 4, 4, 4))
+    assert (view.layer, view.attention) == (rows[layer], "agent")
     assert view.attention_map(15).sum().item() == pytest.approx(1, abs=1e-5)
 
     pipe = agentsd.apply(families.sdxl("StableDiffusionXLPipeline")(), "faithful")
     view = agentsd.visualize(pipe, PROMPT, 1, 0, num_inference_steps=2)
-    assert (view.attention, view.grid, len(view.places)) == ("kv", (16, 16), 64)
+    assert (view.attention, view.grid, len(view.destination_tokens)) == ("kv", (16, 16), 64)
 
 
-def test_groups_that_are_held_and_layers_that_are_not_computed() -> None:
+def test_steps_differ_and_layers_that_a_cached_step_skips_cannot_be_seen() -> None:
     pipe = families.sd("StableDiffusionPipeline")()
-    agentsd.apply(pipe, phases=(Phase(attention="kv", stride=4, match_interval=2, reuse_interval=2),))
-    first, second, third = (agentsd.visualize(pipe, PROMPT, step, 0, num_inference_steps=3) for step in range(3))
-    for view in (first, second, third):
-        assert torch.equal(view.index[view.places], torch.arange(16))
-    assert torch.equal(second.index, first.index)
-    assert torch.equal(second.places, first.places)
+    cached = StepCache(interval=2)
+    agentsd.apply(pipe, phases=(Phase(attention=KV(stride=4)),), steps=cached)
+    first, second = (agentsd.visualize(pipe, PROMPT, step, 0, num_inference_steps=3) for step in range(2))
+    for view in (first, second):
+        assert torch.equal(view.index[view.destination_tokens], torch.arange(16))
+    assert not torch.equal(second.destination_tokens, first.destination_tokens)
     assert not torch.equal(second.attention_map(3), first.attention_map(3))
-    assert not torch.equal(third.places, first.places)
-    agentsd.apply(pipe, phases=(Phase(attention="kv", stride=2, levels=(1, 2), reuse_interval=2),))
+    agentsd.apply(pipe, phases=(Phase(attention=KV(stride=2), levels=(1, 2)),), steps=cached)
     deep = next(row.name for row in agentsd.describe(pipe).layers if row.level == 2)
     assert agentsd.visualize(pipe, PROMPT, 0, deep, num_inference_steps=2).grid == (8, 8)
     with pytest.raises(ValueError, match="is not computed in step 1"):
         agentsd.visualize(pipe, PROMPT, 1, deep, num_inference_steps=2)
+
+
+def test_the_pipelines_progress_bar_is_as_it_was() -> None:
+    pipe = agentsd.apply(families.sd("StableDiffusionPipeline")(), CONFIG)
+    pipe.set_progress_bar_config(desc="mine", disable=True)
+    agentsd.visualize(pipe, PROMPT, 0, 0, num_inference_steps=1)
+    assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
 
 
 def test_a_compiled_block_is_looked_into() -> None:

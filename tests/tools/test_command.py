@@ -87,7 +87,7 @@ def test_a_run_of_few_steps_is_warned_of_on_the_command_line(
     tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--prompt", "x", "--model", str(tiny_pipeline_folder), "--preset", "turbo", "--steps", "6", "--quiet"]
-    assert generate.main([*words, "--set", "*/reuse_span=null", "--output", str(tmp_path / "a.png")]) == 0
+    assert generate.main([*words, "--set", "steps/max_gap=null", "--output", str(tmp_path / "a.png")]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(told) == 1
-    assert "agentsd-generate: warning: reuse_interval is 3: in a run of 6 steps, " in told[0]
+    assert "agentsd-generate: warning: interval of steps is 3: in a run of 6 steps, " in told[0]

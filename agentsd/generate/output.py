@@ -1,17 +1,15 @@
-"""Writing PNG files: nothing is overwritten, nothing is left half-written."""
+"""Names for pictures: nothing is overwritten."""
 
-import os
 import re
-import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from PIL.Image import Image
 
-PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+from agentsd.results import claim, png
+
+_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Output:
@@ -21,7 +19,7 @@ class Output:
     """
 
     def __init__(self, path: Path, count: int, suffixes: Sequence[str] = ("",)):
-        if path.suffix.lower() in PICTURES:
+        if path.suffix.lower() in _OTHER_FORMATS:
             raise ValueError(f"--output {path} must end in .png or be a folder: pictures are written as PNG")
         self.path = path
         self.suffixes = suffixes
@@ -39,15 +37,16 @@ class Output:
         with tempfile.TemporaryFile(dir=self.folder):
             pass
 
-    def save(self, pictures: Sequence[tuple["Image", str]]) -> list[Path]:
-        """Write pictures, one for each suffix, each with its text chunk; return their names."""
+    def save(self, pictures: Sequence[tuple[Image, str]]) -> list[Path]:
+        """Write pictures, one for each suffix, each with its generation parameters; return their names."""
+        files = [png(image, {"parameters": text}) for image, text in pictures]
         for stem in [self.path.with_suffix("")] if self.is_file else self._stems():
             targets = self._targets(stem)
             if any(target.exists() for target in targets):
                 continue
             try:
-                for target, (image, text) in zip(targets, pictures, strict=True):
-                    write_png(target, image, text)
+                for target, content in zip(targets, files, strict=True):
+                    claim(target, content)
             except FileExistsError:  # somebody else took the name a moment ago
                 continue
             return targets
@@ -62,47 +61,3 @@ class Output:
         while True:
             number += 1
             yield self.folder / f"agentsd-{number:04d}"
-
-
-def write_png(target: Path, image: "Image", text: str) -> None:
-    """Write a PNG file that appears complete or not at all; FileExistsError if the name is taken."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("parameters", text)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with unfinished.open("xb") as stream:
-            image.save(stream, "PNG", pnginfo=info)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _link(unfinished, target)
-    except OSError as error:
-        error.filename = str(target)
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _link(unfinished: Path, target: Path) -> None:
-    try:
-        os.link(unfinished, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: claim the name, then replace the claim
-        target.touch(exist_ok=False)
-        unfinished.replace(target)
-
-
-def read_picture(path: Path) -> "Image":
-    """Return the picture in a file; ValueError if there is none that can be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise
-        raise ValueError(f"{path} is not a picture that can be read") from error

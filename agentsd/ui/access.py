@@ -1,4 +1,4 @@
-"""What the web server answers: the page, its queue and the pictures. Everything else that gradio offers stays shut."""
+"""What the web server answers: the page, its queue and the pictures. Everything else that gradio offers is refused."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -31,8 +31,8 @@ _POLICY = (
 _MOST = 1 << 20
 
 
-class Doors:
-    """ASGI middleware around the gradio application.
+class Access:
+    """ASGI middleware around the gradio application that answers the page's requests alone.
 
     Args:
         app: the application.
@@ -44,13 +44,13 @@ class Doors:
         self.folder = folder.resolve()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer 403 to what is not open, 411 and 413 to what is too large or may be; pass on the rest."""
+        """Answer 403 to what is not allowed, 411 and 413 to what is too large or may be; pass on the rest."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if not self.is_open(scope["path"]):
+        if not self.is_allowed(scope["path"]):
             await _refuse(send, 403, "Not allowed.")
         elif b"transfer-encoding" in headers:
             await _refuse(send, 411, "Length required.")
@@ -59,7 +59,7 @@ class Doors:
         else:
             await self.app(scope, receive, _with_policy(send))
 
-    def is_open(self, path: str) -> bool:
+    def is_allowed(self, path: str) -> bool:
         """Whether a request's path is one that the page needs."""
         if path.startswith(_FILE):
             # Once as it is and once more decoded: whichever of the two is looked up, it lies in the folder.
@@ -71,8 +71,8 @@ class Doors:
 def _with_policy(send: Send) -> Send:
     async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
-            own = [(b"content-security-policy", _POLICY.encode()), (b"x-content-type-options", b"nosniff")]
-            message["headers"] = [*message.get("headers", []), *own]
+            added = [(b"content-security-policy", _POLICY.encode()), (b"x-content-type-options", b"nosniff")]
+            message["headers"] = [*message.get("headers", []), *added]
         await send(message)
 
     return send_with_policy

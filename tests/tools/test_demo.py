@@ -1,6 +1,5 @@
-"""The embedded model: its scenes, its checker, its weights and the training that made them."""
+"""The embedded model: its scenes, its checker and its weights."""
 
-import json
 import math
 import random
 from pathlib import Path
@@ -156,16 +155,6 @@ def test_the_layers_are_those_of_stable_diffusion_in_small(pipe: Any) -> None:
     assert sum(row.tokens == 4096 for row in report.layers) == 3
 
 
-def test_the_tokenizer_is_made_the_same_each_time(tmp_path: Path) -> None:
-    from agentsd.demo.training import make_tokenizer
-
-    for name in "abcd":
-        tokenizer = make_tokenizer(tmp_path / name)
-    for file in ("vocab.json", "merges.txt"):
-        assert len({(tmp_path / name / file).read_bytes() for name in "abcd"}) == 1
-    assert all(len(tokenizer(word).input_ids) == 3 for word in VOCABULARY)
-
-
 def test_each_word_is_one_token(pipe: Any) -> None:
     for word in VOCABULARY:
         assert len(pipe.tokenizer(word).input_ids) == 3, word
@@ -205,44 +194,6 @@ def test_pictures_that_are_there_are_not_drawn_again(pipe: Any, tmp_path: Path) 
     again = draw(pipe, prompts, steps=1, batch=2, folder=tmp_path)
     assert torch.equal(again, first)
     assert all((tmp_path / name).stat().st_mtime_ns == times[name] for name in ("00000.png", "00001.png"))
-
-
-@pytest.mark.slow
-def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
-
-    from agentsd.demo.training import Recipe, Stage, Trainer
-
-    stages = tuple(Stage(grid, 2, 2, 1e-3, 1e-3) for grid in (16, 32))
-    recipe = Recipe(vae_steps=2, text_steps=4, checker_steps=2, stages=stages)
-
-    def run(folder: Path) -> None:
-        trainer = Trainer(recipe, folder, Accelerator(cpu=True), checkpoint_every=1, sample_every=0)
-        for stage in (trainer.text, trainer.vae, trainer.diffusion, trainer.checker):
-            stage()
-
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(whole)
-    render, calls = scenes.render, 0
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls in (2, 6, 10):
-            raise KeyboardInterrupt
-        return render(*args)
-
-    monkeypatch.setattr(scenes, "render", interrupted)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            run(broken)
-    run(broken)
-    for path in ("checker.safetensors", "diffusion-16.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
-        first, second = load_file(whole / path), load_file(broken / path)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first), path
-    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert {row["stage"] for row in log} == {"text", "vae", "diffusion-16", "diffusion-32", "checker"}
 
 
 @settings(max_examples=5, deadline=None)

@@ -27,11 +27,10 @@ from PIL import Image
 
 import agentsd
 import agentsd.demo
-from agentsd.cli.comparison import comparison, difference, psnr
 from agentsd.cli.generate import main
-from agentsd.cli.images import Output, write_png
-from agentsd.cli.parameters import format_parameters, parse_parameters, read_parameters
-from agentsd.refine import Refinement, save_refinements
+from agentsd.generate.output import Output
+from agentsd.images import comparison, difference, format_parameters, parse_parameters, psnr, read_parameters
+from agentsd.results import write_image
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -131,25 +130,24 @@ def test_image_hardly_depends_on_its_batch(run: Run) -> None:
 
 def test_changing_fields_of_the_configuration(run: Run, tmp_path: Path) -> None:
     code, _, _ = run(
-        *("--set", "*/proportional=true", "--set", "1/attention=kv", "--set", "0/stride=[4, 2]"),
-        *("--set", "seed=7", "--ratio", "0.3", "--preset", "paper"),
+        *("--set", "1/attention=kv", "--set", "stride=8", "--set", "0/stride=[4, 2]", "--set", "seed=7"),
+        *("--set", "steps/interval=2", "--ratio", "0.3", "--preset", "paper"),
     )
     assert code == 0
     fields = read_parameters(tmp_path / "outputs/agentsd-0001.png")[2]
-    first, second = agentsd.AgentSDConfig.from_preset("paper").phases
     expected = agentsd.AgentSDConfig(
-        ratio=0.3,
-        seed=7,
         phases=(
-            agentsd.Phase(**vars(first) | {"proportional": True, "stride": (4, 2)}),
-            agentsd.Phase(**vars(second) | {"proportional": True, "attention": "kv"}),
+            agentsd.Phase(until=0.4, attention=agentsd.Agent(ratio=0.3, stride=(4, 2))),
+            agentsd.Phase(attention=agentsd.KV(stride=8)),
         ),
+        steps=(agentsd.StepCache(interval=2),),
+        seed=7,
     )
     assert agentsd.AgentSDConfig.from_dict(json.loads(fields["AgentSD"])) == expected
 
 
 def test_configuration_from_a_file(run: Run, tmp_path: Path) -> None:
-    config = agentsd.AgentSDConfig(phases=(agentsd.Phase(attention="kv", stride=2),))
+    config = agentsd.AgentSDConfig(phases=(agentsd.Phase(attention=agentsd.KV(stride=2)),))
     config.to_file(tmp_path / "kv.yaml")
     assert run("--config", "kv.yaml")[0] == 0
     fields = read_parameters(tmp_path / "outputs/agentsd-0001.png")[2]
@@ -277,7 +275,7 @@ def test_inpainting_keeps_what_is_not_masked(run: Run, tmp_path: Path) -> None:
         "--stock --seed 5 --negative-prompt dark:,1",
         "--num-images 5 --batch-size 3 --scheduler euler-a",
         "--prompt second --batch-size 2 --dtype bfloat16",
-        "--preset fast --set */stride=2 --guidance-scale 1.2345678901 --scheduler dpm++-karras --width 72",
+        "--preset fast --set stride=2 --guidance-scale 1.2345678901 --scheduler dpm++-karras --width 72",
         "--init-image start.png --strength 0.7 --steps 4",
         "--init-image start.png --mask start.png --num-images 3 --batch-size 2 --ratio 0.1",
     ],
@@ -315,14 +313,14 @@ def test_from_png_keeps_the_configuration_or_changes_a_field_of_it(run: Run, tmp
     run("--from-png", "outputs/agentsd-0001.png", "--stock", prompt=False)
     run("--from-png", "outputs/agentsd-0003.png", "--ratio", 0.1, prompt=False)
     texts = [read_parameters(tmp_path / f"outputs/agentsd-000{number}.png")[2]["AgentSD"] for number in (2, 3, 4)]
-    assert (json.loads(texts[0])["seed"], json.loads(texts[0])["ratio"]) == (9, 0.2)
+    assert (json.loads(texts[0])["seed"], json.loads(texts[0])["phases"][0]["ratio"]) == (9, 0.2)
     assert texts[1] == "off"
-    assert (json.loads(texts[2])["seed"], json.loads(texts[2])["ratio"]) == (0, 0.1)
+    assert (json.loads(texts[2])["seed"], json.loads(texts[2])["phases"][1]["ratio"]) == (0, 0.1)
 
 
 def test_from_png_reads_an_image_of_a_web_ui(run: Run, tmp_path: Path) -> None:
     text = "a cat\nNegative prompt: dog\nSteps: 3, Sampler: Euler a, CFG scale: 7, Seed: 12, Size: 64x32, Model: other"
-    write_png(tmp_path / "web.png", Image.new("RGB", (8, 8)), text)
+    write_image(tmp_path / "web.png", Image.new("RGB", (8, 8)), text={"parameters": text})
     assert run("--from-png", "web.png", prompt=False)[0] == 0
     prompt, negative_prompt, fields = read_parameters(tmp_path / "outputs/agentsd-0001.png")
     assert (prompt, negative_prompt, fields["Sampler"], fields["Seed"]) == ("a cat", "dog", "Euler a", "12")
@@ -408,7 +406,8 @@ def test_no_prompt_and_no_value_is_lost(prompt: str, negative_prompt: str, value
 
 
 def test_text_in_any_script_survives_the_file(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), format_parameters("een café, 猫 🐈", "", {"Steps": 1}))
+    text = {"parameters": format_parameters("een café, 猫 🐈", "", {"Steps": 1})}
+    write_image(tmp_path / "a.png", Image.new("RGB", (8, 8)), text=text)
     assert Image.open(tmp_path / "a.png").info["parameters"].splitlines()[0] == "een café, 猫 🐈"
 
 
@@ -509,18 +508,17 @@ def test_writers_at_the_same_time_get_names_of_their_own(
 
 
 def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "")
+    Output(tmp_path / "a.png", 1).save([(Image.new("RGB", (8, 8)), "")])
     (tmp_path / "b.png").touch()
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b.png").stat().st_mode
 
 
 def test_full_disk_leaves_no_half_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(self: Image.Image, stream: Any, *_: object, **__: object) -> None:
-        stream.write(b"half")
+    def refuse(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", save)
+        patch.setattr(os, "fsync", refuse)
         code, _, err = run("--output", "here")
     assert code == 2
     assert err == "agentsd-generate: error: here/agentsd-0001.png: No space left on device\n"
@@ -549,7 +547,10 @@ def test_full_disk_leaves_no_half_file(run: Run, tmp_path: Path, monkeypatch: py
         ("--guidance-scale nan", "--guidance-scale: must be a number of at least 0, not 'nan'"),
         ("--ratio 0.99", "ratio is 0.99"),
         ("--ratio -0.1", "--ratio: must be a number of at least 0"),
-        ("--preset fast --ratio 0.3", "--ratio 0.3 plays no part"),
+        (
+            "--preset fast --ratio 0.3",
+            "ratio=0.3 has no effect: it is for attention agent or merge",
+        ),
         ("--preset nosuch", "preset is 'nosuch'"),
         ("--config nosuch.yaml", "nosuch.yaml: No such file or directory"),
         ("--config unknown.yaml", "no field 'ratoi'"),
@@ -557,10 +558,12 @@ def test_full_disk_leaves_no_half_file(run: Run, tmp_path: Path, monkeypatch: py
         ("--config unknown.yaml --preset paper", "not allowed with"),
         ("--set 0/stirde=2", "no field 'stirde'"),
         ("--set 0/stride=0", "stride is 0"),
-        ("--set 5/stride=2", "must name one of the phases 0, 1, or *"),
-        ("--set stride", "--set must be PHASE/FIELD=VALUE or FIELD=VALUE"),
+        ("--set 5/stride=2", "5/stride names no entry; there are 0 to 1"),
+        ("--set kv_ratio=0.5", "kv_ratio=0.5 has no effect"),
+        ("--set steps/intervall=2", "no field 'intervall'"),
+        ("--set stride", "--set must be KEY=VALUE, not 'stride'"),
         ("--set 0/stride=[", "is not YAML"),
-        ("--stock --ratio 0.2 --set seed=1", "--stock excludes --ratio and --set"),
+        ("--stock --ratio 0.2 --set seed=1", "--stock excludes --preset, --config, --ratio and --set"),
         ("--stock --compare", "--compare shows stock and accelerated"),
         ("--scheduler nosuch", "scheduler must be one of ddim"),
         ("--dtype float8", "dtype must be one of float32"),
@@ -568,10 +571,6 @@ def test_full_disk_leaves_no_half_file(run: Run, tmp_path: Path, monkeypatch: py
         ("--device cuda:99", "device 'cuda:99' does not exist here; there is"),
         ("--device meta", "device 'meta' does not exist here"),
         ("--attention-backend nosuch", "attention backend 'nosuch' cannot be used here"),
-        ("--refine nosuch.safetensors", "refine is 'nosuch.safetensors'; there is no such file"),
-        ("--refine broken.safetensors", "broken.safetensors'; it cannot be read as safetensors"),
-        ("--refine cut.safetensors --preset fast", "it refines attention 'agent', which no phase has"),
-        ("--refine cut.safetensors --stock", "--stock excludes --refine"),
         ("--lora nosuch.safetensors", "LoRA nosuch.safetensors must be"),
         ("--strength 0.5", "--strength needs --init-image"),
         ("--mask start.png", "--mask needs --init-image"),
@@ -603,11 +602,8 @@ def test_bad_input_is_one_line_and_exit_2(run: Run, tmp_path: Path, arguments: s
     )
     (tmp_path / "unknown.yaml").write_text("ratoi: 0.3\n")
     (tmp_path / "tangled.yaml").write_text("ratio: [0.3\nphases: }\n")
-    write_png(
-        tmp_path / "odd.png",
-        Image.new("RGB", (8, 8)),
-        "x\nSteps: many, Sampler: DDIM, CFG scale: 4, Seed: 1, Size: 8x8",
-    )
+    text = "x\nSteps: many, Sampler: DDIM, CFG scale: 4, Seed: 1, Size: 8x8"
+    write_image(tmp_path / "odd.png", Image.new("RGB", (8, 8)), text={"parameters": text})
     code, out, err = run(*arguments.split())
     assert (code, out) == (2, "")
     assert message in err
@@ -689,30 +685,6 @@ def test_repeating_needs_the_same_initial_image(run: Run, tmp_path: Path, change
     assert message in err
     Image.new("RGB", (64, 64)).save(tmp_path / "start.png")
     assert run("--from-png", "outputs/agentsd-0001.png", "--init-image", "start.png", prompt=False)[0] == 0
-
-
-def test_refinement_is_recorded_with_the_image(
-    run: Run, tiny_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = Refinement(2, 16)
-    torch.nn.init.normal_(layer.dwc, generator=torch.Generator().manual_seed(0))
-    file = tmp_path / "refine.safetensors"
-    save_refinements({"down_blocks.0.attentions.0.transformer_blocks.0.attn1": layer}, file)
-    early = "--set", "0/until=0.8"  # agents in the first of two steps
-    run(*early)
-    run(*early, "--refine", file.name, "--output", "refined.png")
-    assert not np.array_equal(pixels("refined.png"), pixels("outputs/agentsd-0001.png"))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    again = "--from-png", tmp_path / "refined.png"
-    assert run(*again, "--output", "again.png", prompt=False)[0] == 0
-    np.testing.assert_array_equal(pixels("again.png"), pixels(tmp_path / "refined.png"))
-    assert run(*again, "--preset", "paper", *early, "--output", "without.png", prompt=False)[0] == 0
-    np.testing.assert_array_equal(pixels("without.png"), pixels(tmp_path / "outputs/agentsd-0001.png"))
-    save_refinements({}, file)
-    code, out, err = run(*again, prompt=False)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "the refine has changed since" in err
 
 
 def test_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

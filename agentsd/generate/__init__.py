@@ -1,0 +1,1 @@
+"""Images from a request: checked first, made stock or accelerated, written with all that repeats them."""
