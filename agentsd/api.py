@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from agentsd.config import AgentSDConfig
-from agentsd.hosts.diffusers_unet import Patch, networks, patch_of, stock_module
+from agentsd.hosts.diffusers_unet import Patch, networks, patch_of
 
 Model = TypeVar("Model")
 
@@ -41,7 +41,7 @@ def apply(model: Model, config: AgentSDConfig | str | None = None, /, **override
             f"config is {config!r}; it must be an AgentSDConfig or a preset's name, fields go by name: ratio=0.4"
         )
     config = (config or AgentSDConfig()).replace(**overrides)
-    nets = [stock_module(net) for net in networks(model)]
+    nets = networks(model)
     previous = _patches(model)
     remove(model)
     done: list[nn.Module] = []

@@ -310,14 +310,11 @@ class AgentSDConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"the configuration is {values!r}; it must be a mapping of field names to values")
         checks.known_fields("the configuration", values, cls)
-        values = {"phases": PAPER, "steps": (), **values}
-        if isinstance(values["steps"], Mapping):
-            values["steps"] = [values["steps"]]
+        values = dict(values)
         for name, kind in (("phases", Phase), ("steps", StepCache)):
-            entries = values[name] or ()
-            if not isinstance(entries, list | tuple) or not all(isinstance(e, Mapping | kind) for e in entries):
-                raise ValueError(f"{name} is {entries!r}; it must be a list of mappings")
-            values[name] = [kind.from_dict(e) if isinstance(e, Mapping) else e for e in entries]
+            if isinstance(values.get(name), list | tuple | Mapping):
+                entries = [values[name]] if isinstance(values[name], Mapping) else values[name]
+                values[name] = [kind.from_dict(e) if isinstance(e, Mapping) else e for e in entries]
         return cls(**values)
 
     @classmethod

@@ -15,7 +15,6 @@ from agentsd.hosts.diffusers_unet import (
     obstacle,
     other_self_attention,
     patch_of,
-    stock_module,
 )
 from agentsd.planning import LayerPlan, layer_plan, level_grid
 from agentsd.schedule import in_force
@@ -136,7 +135,7 @@ def describe(model: Any) -> Report:
     Returns:
         A report with one row per spatial self-attention layer; `print(describe(pipe))` shows it as a table.
     """
-    nets = [stock_module(net) for net in networks(model)]
+    nets = networks(model)
     patches = [patch_of(net) for net in nets]
     config = next((patch.config for patch in patches if patch), None)
     sample = next((patch.sample for patch in patches if patch and patch.sample), None) or _sample_size(nets[0])

@@ -151,6 +151,13 @@ class Planner:
         key = None if self.config.seed is None else step_key(self.config.seed, timestep)
         return replace(numbers, destinations=self._destinations(grid, numbers.cell, key, device))
 
+    def plans(
+        self, sample: tuple[int, int], timestep: float, num_train_timesteps: int, device: torch.device | str
+    ) -> dict[int, LayerPlan]:
+        """The plan of every level that is not unmodified, for a sample of this height and width."""
+        found = {n: self.plan(n, level_grid(sample, n), timestep, num_train_timesteps, device) for n in self.covered}
+        return {level: plan for level, plan in found.items() if plan}
+
     @property
     def needs_timestep(self) -> bool:
         """Whether two timesteps can differ in what is done."""

@@ -187,7 +187,7 @@ class StepCacheState:
         else:
             self.layers, self.cached = cut, history.extrapolated(entry.extrapolate)
 
-    def after_call(self) -> None:
+    def after_call(self, *_: Any) -> None:
         """Keep the features of a full step; after the last step of a run, nothing."""
         history = self.history
         if history is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,8 +36,8 @@ class Technique(Protocol):
     def before_call(self, call: Call) -> None:
         """Decide what the call computes."""
 
-    def after_call(self) -> None:
-        """Keep what the call leaves."""
+    def after_call(self, *_: Any) -> None:
+        """Forward hook of the model: keep what the call leaves."""
 
     def reset(self) -> None:
         """Keep nothing; the next call is stock."""

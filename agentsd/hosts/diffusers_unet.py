@@ -15,7 +15,7 @@ from agentsd.config import AgentSDConfig, AgentSDWarning
 from agentsd.layer import BlockState, accelerated_attention
 from agentsd.ops import kernels
 from agentsd.ops.attention import Attend
-from agentsd.planning import LayerPlan, Planner, level_grid
+from agentsd.planning import LayerPlan, Planner
 from agentsd.schedule import Clock
 
 if TYPE_CHECKING:
@@ -180,9 +180,8 @@ def obstacle(attn: "Attention", inner: Any) -> str | None:
     )
     if type(inner) not in known:
         return type(inner).__name__
-    return next(
-        (n for n in ("group_norm", "spatial_norm", "norm_cross", "residual_connection") if getattr(attn, n, None)), None
-    )
+    names = ("group_norm", "spatial_norm", "norm_cross", "residual_connection")
+    return next((name for name in names if getattr(attn, name, None)), None)
 
 
 class Patch:
@@ -222,8 +221,7 @@ class Patch:
         self.handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
         for technique in self.techniques:
             technique.attach()
-        if self.techniques:
-            after_call = partial(torch.compiler.disable(Patch.after_call), self)
+            after_call = partial(torch.compiler.disable(type(technique).after_call), technique)
             self.handles.append(model.register_forward_hook(after_call))
 
     def technique(self, kind: type[Kind]) -> Kind | None:
@@ -234,10 +232,9 @@ class Patch:
         """Put the acceleration around the processor that the layer has now; or say why the layer is skipped."""
         attn = layer.block.attn1
         inner = attn.processor
-        if isinstance(inner, AgentSDProcessor):
-            if inner.state is self.states.get(layer.name):
-                return None
-            inner = inner.inner
+        if isinstance(inner, AgentSDProcessor) and inner.state is self.states.get(layer.name):
+            return None
+        inner = inner.inner if isinstance(inner, AgentSDProcessor) else inner
         reason = obstacle(attn, inner)
         if reason is None:
             if layer.name not in self.states:
@@ -286,19 +283,11 @@ class Patch:
         scheduler = getattr(self.pipe(), "scheduler", None)
         steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         self.sample = (sample.shape[-2], sample.shape[-1])
-        for level in self.planner.covered:
-            grid = level_grid(self.sample, level)
-            if plan := self.planner.plan(level, grid, timestep, steps, sample.device):
-                self.plans[level] = plan
+        self.plans.update(self.planner.plans(self.sample, timestep, steps, sample.device))
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         call = Call(timestep, steps, self.clock, sample, text)
         for technique in self.techniques:
             technique.before_call(call)
-
-    def after_call(self, *_: Any) -> None:
-        """Forward hook of the model."""
-        for technique in self.techniques:
-            technique.after_call()
 
     def remove(self) -> None:
         """Give every layer its processor back and take the hooks off."""
@@ -316,10 +305,10 @@ class Patch:
 
 
 def networks(model: Any) -> list[nn.Module]:
-    """The UNet and the ControlNets of a pipeline, or the network itself."""
+    """The UNet and the ControlNets of a pipeline, or the network itself, without what torch.compile wraps around."""
     if isinstance(model, nn.Module):
         nets = getattr(model, "nets", None)
-        return list(nets) if isinstance(nets, nn.ModuleList) else [model]
+        return list(nets) if isinstance(nets, nn.ModuleList) else [getattr(model, "_orig_mod", model)]
     found = [net for name in ("unet", "controlnet") if isinstance(net := getattr(model, name, None), nn.Module)]
     if not found:
         raise ValueError(
@@ -328,14 +317,9 @@ def networks(model: Any) -> list[nn.Module]:
     return [net for part in found for net in networks(part)]
 
 
-def stock_module(net: nn.Module) -> nn.Module:
-    """The module itself, where torch.compile has wrapped it."""
-    return getattr(net, "_orig_mod", net)
-
-
 def patch_of(net: nn.Module) -> Patch | None:
     """The patch on a network, found by its hook."""
-    for hook in stock_module(net)._forward_pre_hooks.values():
+    for hook in getattr(net, "_orig_mod", net)._forward_pre_hooks.values():
         if isinstance(hook, partial) and hook.args and isinstance(patch := hook.args[0], Patch):
             return patch
     return None

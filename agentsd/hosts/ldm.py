@@ -255,10 +255,8 @@ class ModulePatch:
         sample: Tensor = args[0] if args else kwargs["x"]
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
         timestep = self.clock.read(timesteps) if self.planner.needs_timestep else 0.0
-        for level in self.planner.covered:
-            grid = level_grid((sample.shape[-2], sample.shape[-1]), level)
-            if plan := self.planner.plan(level, grid, timestep, self.num_train_timesteps, sample.device):
-                self.plans[level] = plan
+        size = sample.shape[-2], sample.shape[-1]
+        self.plans.update(self.planner.plans(size, timestep, self.num_train_timesteps, sample.device))
 
     def wrap(self, module: Any, state: BlockState) -> None:
         """Put the acceleration before the forward method that a self-attention has now."""

@@ -32,8 +32,7 @@ def attention(
 ) -> Tensor:
     """`blockwise_attention` for bfloat16 on a CPU, `scaled_dot_product_attention` for everything else."""
     blockwise = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    attend = blockwise_attention if blockwise else sdpa
-    return attend(query, key, value, attn_mask, scale=scale)
+    return (blockwise_attention if blockwise else sdpa)(query, key, value, attn_mask, scale=scale)
 
 
 @torch.library.custom_op(
