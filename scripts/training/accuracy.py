@@ -55,7 +55,7 @@ def main() -> None:
             rows[method]["psnr_to_stock_db"] = (-10 * error.clamp_min(1e-12).log10()).mean().item()
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
-            columns = 8
+            columns = min(8, len(images))
             tiles = images[: len(images) // columns * columns].clamp(0, 1).unflatten(0, (-1, columns))
             sheet = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
             write_image(args.output / f"{method}.png", Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()))
