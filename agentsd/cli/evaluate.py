@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _state(device: str | None) -> Any:
-    """This process's place among all that accelerate has launched."""
+    """This process among all that accelerate has launched."""
     from accelerate import PartialState
 
     cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

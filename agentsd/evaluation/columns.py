@@ -1,6 +1,6 @@
 """The scores of a protocol as columns of a table."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from agentsd.evaluation.protocols import Scores
 
@@ -35,18 +35,14 @@ _DISTANCES = {
     "dinov2": ("FD-DINOv2", "KD-DINOv2 ×1000", "DINOv2"),
     "checker": ("Fréchet distance (checker)", "kernel distance (checker) ×1000", "the embedded attribute checker"),
 }
+_STOCK = "to the stock image of the same seed"
+# pair: label, better, digits, explanation
 _PAIRS = {
-    "psnr": Column("psnr", "PSNR, dB", "more", 1, "to the stock image of the same seed, median"),
-    "ssim": Column("ssim", "SSIM", "more", 4, "to the stock image of the same seed"),
-    "ms-ssim": Column("ms-ssim", "MS-SSIM", "more", 4, "to the stock image of the same seed"),
-    "lpips": Column("lpips", "LPIPS ({})", "less", 4, "to the stock image of the same seed"),
-    "checker": Column(
-        "checker",
-        "checker distance",
-        "less",
-        4,
-        "LPIPS's formula on the attribute checker's layers, to the stock image",
-    ),
+    "psnr": ("PSNR, dB", "more", 1, f"{_STOCK}, median"),
+    "ssim": ("SSIM", "more", 4, _STOCK),
+    "ms-ssim": ("MS-SSIM", "more", 4, _STOCK),
+    "lpips": ("LPIPS ({})", "less", 4, _STOCK),
+    "checker": ("checker distance", "less", 4, "LPIPS's formula on the attribute checker's layers, to the stock image"),
 }
 
 
@@ -62,10 +58,11 @@ def columns(scores: Scores) -> list[Column]:
         if network == "inception":
             found.append(Column("inception_score", "IS", "more", 2, "inception score"))
         if network in ("inception", "dinov2"):
-            found += [
-                Column(f"{network}_precision", f"precision ({where})", "more", 3, "share within the reference"),
-                Column(f"{network}_recall", f"recall ({where})", "more", 3, "share of the reference that is covered"),
-            ]
+            for name, about in (
+                ("precision", "share within the reference"),
+                ("recall", "share of the reference covered"),
+            ):
+                found.append(Column(f"{network}_{name}", f"{name} ({where})", "more", 3, about))
     if "clip" in scores.adherence:
         found.append(Column("clip", "CLIP score", "more", 2, f"100 × cosine of image and prompt, {scores.clip}"))
     attributes = []
@@ -76,7 +73,9 @@ def columns(scores: Scores) -> list[Column]:
         found.append(Column("attributes_all", "all right, %", "more", 1, about))
         about = "share of what is asked for that the attribute checker reads"
         attributes = [Column(f"attributes_{name}", f"{name}, %", "more", 1, f"{about}: {name}") for name in ATTRIBUTES]
-    found += [replace(_PAIRS[name], label=_PAIRS[name].label.format(scores.lpips)) for name in scores.pairs]
+    for name in scores.pairs:
+        label, better, digits, about = _PAIRS[name]
+        found.append(Column(name, label.format(scores.lpips), better, digits, about))
     if "psnr" in scores.pairs:
         found.append(Column("psnr_worst", "worst PSNR, dB", "more", 1, "of any image to its stock image"))
     return found + attributes

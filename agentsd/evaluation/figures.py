@@ -29,20 +29,9 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         import matplotlib
 
     matplotlib.use("Agg")
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "agentsd",
-        "font.size": 9,
-        "font.family": "sans-serif",
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "text.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
+    ink = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), INK)
+    plain = dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "agentsd", "font.size": 9, **ink, **plain}
     drawn: list[tuple[str, str]] = []
     with matplotlib.rc_context(style):
         for column in drawn_columns(result):
@@ -98,14 +87,8 @@ def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
     rows = [row for row in _known(result, column["key"]) if "speed" in row["time"]]
     points = [(row["time"]["speed"], row["scores"][column["key"]]["value"]) for row in rows]
     front = pareto(points, column["better"] == "less")
-    axis.plot(
-        *zip(*[points[i] for i in front], strict=True),
-        color=INK,
-        alpha=0.25,
-        linewidth=5,
-        zorder=1,
-        label="Pareto front",
-    )
+    xs, ys = zip(*[points[i] for i in front], strict=True)
+    axis.plot(xs, ys, color=INK, alpha=0.25, linewidth=5, zorder=1, label="Pareto front")
     families: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         families.setdefault(_family(row), []).append(index)

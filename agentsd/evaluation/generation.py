@@ -58,8 +58,7 @@ class Run:
         import transformers
 
         keys = ("sampler", "steps", "guidance", "width", "height", "batch")
-        values = {key: getattr(self.protocol, key) for key in keys}
-        return values | {
+        return {key: getattr(self.protocol, key) for key in keys} | {
             "model": self.model[1],
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -70,12 +69,7 @@ class Run:
         }
 
     def path(self, method: Method, index: int) -> Path:
-        """Where an image lies."""
         return self.output / "images" / method.folder / f"{index:05d}.png"
-
-    def paths(self, method: Method) -> list[Path]:
-        """Where the images of a method lie."""
-        return [self.path(method, index) for index in range(self.limit)]
 
     def text(self, method: Method, index: int) -> dict[str, Any]:
         """What an image's file says about it."""
@@ -93,14 +87,13 @@ class Run:
         step, number = self.protocol.batch, len(self.prompts)
         return [list(range(start, min(start + step, number))) for start in range(0, self.limit, step)]
 
-    def is_missing(self, method: Method, indices: Sequence[int]) -> bool:
-        return not all(is_finished(self.path(method, index), self.text(method, index)) for index in indices)
-
     def missing(self) -> list[tuple[list[int], list[Method]]]:
         """Batches with the methods of which an image is not finished."""
-        every = [
-            (part, [method for method in self.methods if self.is_missing(method, part)]) for part in self.batches()
-        ]
+
+        def done(method: Method, indices: list[int]) -> bool:
+            return all(is_finished(self.path(method, index), self.text(method, index)) for index in indices)
+
+        every = [(part, [method for method in self.methods if not done(method, part)]) for part in self.batches()]
         return [(indices, methods) for indices, methods in every if methods]
 
     def check(self) -> None:
@@ -143,22 +136,19 @@ class Maker:
         self.batch = run.protocol.batch
         self.warm = False
 
-    def make(self, indices: list[int]) -> list[Timing]:
+    def make(self, indices: list[int]) -> Iterator[Timing]:
         """Make the images of a batch and write those that are not finished."""
-        timings: list[Timing] = []
-        done = 0
-        while done < len(indices):
-            part = indices[done : done + self.batch]
+        while indices:
+            part = indices[: self.batch]
             try:
-                timings.append(self._make(part))
-                done += len(part)
+                yield self._make(part)
+                indices = indices[len(part) :]
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or self.batch == 1:
                     raise
                 self.batch = max(1, min(self.batch, len(part)) // 2)
                 tqdm.write(f"{self.method.text}: out of memory; going on with batches of {self.batch}")
                 clear_device_cache(garbage_collection=True)
-        return timings
 
     def _make(self, indices: list[int]) -> Timing:
         run, protocol = self.run, self.run.protocol

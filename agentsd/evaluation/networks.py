@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -55,13 +55,7 @@ class Network:
 
 
 def load_network(name: str, weights: Weights, hub: str, device: torch.device) -> Network:
-    """Load a network for features.
-
-    Args:
-        name: one of `protocols.NETWORKS`.
-        weights: where they are.
-        hub: hub id of `dinov2` where `weights` does not say.
-        device: where it is to compute.
+    """A network for features by its name, `hub` being the id of `dinov2` where `weights` does not say.
 
     Raises:
         ValueError: its library or its weights are not there.
@@ -78,29 +72,20 @@ def load_network(name: str, weights: Weights, hub: str, device: torch.device) ->
 def _inception(path: Path | None, device: torch.device) -> Network:
     with needs("torch_fidelity", "eval"):
         from torch_fidelity.utils import create_feature_extractor
-    if path is not None:
-        check_state_dict(path, "--inception-weights")
     layers = ["2048", "logits_unbiased"]
     where = {"feature_extractor_weights_path": str(path) if path else None}
     with _loading("FID's Inception", path, "--inception-weights"):
         model = create_feature_extractor("inception-v3-compat", layers, cuda=False, verbose=False, **where).to(device)
-
-    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features, logits = model(images.to(device))
-        return features, logits
-
-    return Network("inception", 2048, state_hash(model), extract)
+    return Network("inception", 2048, state_hash(model), lambda images: tuple(model(images.to(device))))
 
 
 def _pytorch_fid(path: Path | None, device: torch.device) -> Network:
     with needs("pytorch_fid", "eval"):
         from pytorch_fid.inception import FID_WEIGHTS_URL, InceptionV3
-    if path is not None:
-        check_state_dict(path, "--inception-weights")
     with _loading("FID's Inception", path, "--inception-weights"), _in_torch_hub(path, FID_WEIGHTS_URL):
         model = InceptionV3().eval().to(device)
 
-    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def extract(images: Tensor) -> tuple[Tensor, None]:
         return model(images.to(device).float() / 255)[0].flatten(1), None
 
     return Network("pytorch-fid", 2048, state_hash(model), extract)
@@ -135,19 +120,11 @@ def _checker(path: Path | None, device: torch.device) -> Network:
 
 
 def load_lpips(net: str, path: Path | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS of torchmetrics: B×3×H×W bytes twice → B distances.
-
-    Args:
-        net: `alex`, `vgg` or `squeeze`.
-        path: file with torchvision's ImageNet weights of that network.
-        device: where it is to compute.
-    """
+    """LPIPS of torchmetrics: B×3×H×W bytes twice → B distances; `path` holds torchvision's weights of `net`."""
     with needs("torchmetrics", "eval"), needs("torchvision", "eval"):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         from torchvision import models
     kinds = {"alex": models.AlexNet_Weights, "vgg": models.VGG16_Weights, "squeeze": models.SqueezeNet1_1_Weights}
-    if path is not None:
-        check_state_dict(path, "--lpips-weights")
     with _loading(f"LPIPS's network {net}", path, "--lpips-weights"), _in_torch_hub(path, kinds[net].DEFAULT.url):
         metric = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True).to(device)
 
@@ -162,12 +139,14 @@ def load_lpips(net: str, path: Path | None, device: torch.device) -> Callable[[T
 @contextmanager
 def _loading(what: str, path: Path | None, option: str) -> Iterator[None]:
     """Context in which weights that are not there, or are others, are a sentence."""
+    if path is not None:
+        check_state_dict(path, option)
     try:
         yield
     except (OSError, RuntimeError) as error:
         if path is not None:
             raise ValueError(f"{path} does not hold the weights of {what} ({one_line(error)})") from None
-        _absent(f"the weights of {what}", f"{option} names the file", error)
+        raise _absent(f"the weights of {what}", f"{option} names the file", error) from None
 
 
 @contextmanager
@@ -191,7 +170,7 @@ def _in_torch_hub(path: Path | None, url: str) -> Iterator[None]:
 def load_checker_distance(path: Path | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS's formula on the attribute checker's layers, all weighted alike: B×3×H×W bytes twice → B distances.
 
-    Squared differences of features of unit length over the channels, averaged over the places and summed over the
+    Squared differences of features of unit length over the channels, averaged over the positions and summed over the
     layers (Zhang et al., CVPR 2018, equation 1 with w = 1).
     """
     from agentsd.demo.checker import SIZE, AttributeChecker
@@ -215,12 +194,7 @@ def load_checker_distance(path: Path | None, device: torch.device) -> Callable[[
 
 
 def load_clip(source: str, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
-    """The CLIP score (Hessel et al., EMNLP 2021, without its factor 2.5): images and their prompts → 100·max(cos, 0).
-
-    Args:
-        source: folder or hub id of a CLIP model with its processor.
-        device: where it is to compute.
-    """
+    """The CLIP score (Hessel et al., EMNLP 2021, without its factor 2.5): images and prompts → 100·max(cos, 0)."""
     from transformers import AutoProcessor, CLIPModel
 
     model = _from_pretrained(CLIPModel, source, "CLIP", "--clip").to(device)
@@ -244,7 +218,7 @@ def _from_pretrained(kind: Any, source: str, what: str, option: str) -> Any:
     except Exception as error:  # the hub's client and safetensors raise many kinds
         if Path(source).is_dir():
             raise ValueError(f"{source} does not hold {what} ({one_line(error)})") from None
-        _absent(f"{what} {source}", f"{option} names a folder or a hub id", error)
+        raise _absent(f"{what} {source}", f"{option} names a folder or a hub id", error) from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, nn.Module) else loaded
 
 
@@ -280,6 +254,6 @@ def needs(package: str, extra: str) -> Iterator[None]:
         ) from None
 
 
-def _absent(what: str, how: str, error: Exception) -> NoReturn:
+def _absent(what: str, how: str, error: Exception) -> ValueError:
     reason = re.sub(r"[<>]", "", one_line(error))
-    raise ValueError(f"{what} is not on this machine and could not be downloaded ({reason}); {how}") from None
+    return ValueError(f"{what} is not on this machine and could not be downloaded ({reason}); {how}")

@@ -32,7 +32,7 @@ class Prompts:
         source: `scenes` are scenes of the embedded model with combinations held out of its training, `imagenet` the
             1,000 class names of ImageNet-1k, `captions` a file named on the command line.
         number: images to make for each method; image i is of prompt i modulo the number of prompts.
-        template: text with `{}` in the place of the class name or caption.
+        template: text with `{}` where the class name or caption goes.
         seed: which scenes.
     """
 
@@ -51,7 +51,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the images are compared with as a whole.
+    """What the set of images is compared with.
 
     Args:
         source: `scenes` are rendered scenes as the prompts', `images` a folder (or FID statistics in an .npz file)
@@ -126,7 +126,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A whole evaluation.
+    """An evaluation.
 
     Args:
         name: the file's name without .yaml.
@@ -140,7 +140,7 @@ class Protocol:
         width, height: in pixels; None is what the model was made for.
         dtype: of the model; None is float16 on CUDA and float32 elsewhere.
         batch: images made at once. Kernels round by it, so it belongs to the images' identity.
-        reference: what the images are compared with as a whole.
+        reference: what the set of images is compared with.
         scores: what is measured of the images.
 
     Raises:
@@ -187,16 +187,14 @@ class Protocol:
             raise ValueError(f"prompts.source is {self.prompts.source!r}; attributes and rendered scenes need scenes")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dictionaries."""
+        """Plain numbers, strings, lists and mappings."""
         return dict(json.loads(json.dumps(dataclasses.asdict(self))))
 
     @property
     def sha256(self) -> str:
-        """Of all that it says."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def replace(self, **values: Any) -> "Protocol":
-        """A copy with some fields replaced."""
         return dataclasses.replace(self, **values)
 
 

@@ -182,29 +182,15 @@ def page(result: dict[str, Any], folder: Path) -> str:
 def _render(template: str, result: dict[str, Any], **values: Any) -> str:
     with needs("jinja2", "eval"):
         from jinja2 import Environment, PackageLoader, select_autoescape
-    loader = PackageLoader("agentsd.evaluation")
-    environment = Environment(
-        loader=loader,
-        autoescape=select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    protocol = result["protocol"]
+    lines: Any = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
+    environment = Environment(loader=PackageLoader("agentsd.evaluation"), autoescape=select_autoescape(), **lines)
+    rows, protocol = result["methods"], result["protocol"]
     return environment.get_template(template).render(
         result=result,
         legend=LEGEND,
         findings=findings(result),
         facts=facts(result),
-        methods=[
-            {
-                "name": row["method"],
-                "sha256": row["settings_sha256"],
-                "settings": json.dumps(row["settings"], ensure_ascii=False),
-            }
-            for row in result["methods"]
-            if row.get("settings")
-        ],
+        methods=[row | {"text": json.dumps(s, ensure_ascii=False)} for row in rows if (s := row.get("settings"))],
         protocol=protocol and yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True).rstrip(),
         **values,
     )

@@ -1,9 +1,9 @@
 """An evaluation from its protocol to its result: images, scores, and where the numbers come from."""
 
-import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from agentsd.results import read_json, version
 FEW = 50  # images
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Source:
-    """What loads a model: a name that `pipelines.load` takes and its options."""
+    """A name that `pipelines.load` takes, and its options."""
 
     name: str
     config: str | None = None
@@ -35,27 +35,21 @@ class Source:
         return pipelines.find(self.name, **options) or pipelines.download(self.name, **options)
 
     def load(self, path: Path, run: Run) -> Any:
-        """The pipeline as a protocol wants it."""
-        protocol = run.protocol
-        pipe = pipelines.load(
-            path, dtype=run.dtype, device=run.device, allow_pickle=self.allow_pickle, config=self.config
-        )
+        """The pipeline as the protocol of a run needs it."""
+        options: Any = {"allow_pickle": self.allow_pickle, "config": self.config}
+        pipe = pipelines.load(path, dtype=run.dtype, device=run.device, **options)
         multiple = pipelines.size_multiple(pipe)
         for name in ("width", "height"):
-            value = getattr(protocol, name)
+            value = getattr(run.protocol, name)
             if value is not None and value % multiple:
                 raise ValueError(f"{name} is {value}; it must be a multiple of {multiple} for this model")
-        if protocol.sampler:
-            pipelines.set_scheduler(pipe, protocol.sampler)
+        if run.protocol.sampler:
+            pipelines.set_scheduler(pipe, run.protocol.sampler)
         return pipe
 
 
 def available(methods: Sequence[Method], *, required: bool) -> tuple[tuple[Method, ...], list[str]]:
-    """The methods that are installed, and a note for each that is not.
-
-    Raises:
-        ValueError: one is not installed and all are `required`.
-    """
+    """The methods that are installed, and a note for each that is not; ValueError if all are `required`."""
     absent = missing(methods)
     if absent and required:
         text, package = next(iter(absent.items()))
@@ -97,34 +91,21 @@ def make(
         OSError: a file cannot be read or written; what is finished stays.
     """
     prompts = tuple(protocols.prompts(protocol, captions))
-    place = pipelines.find_device(device) if state.num_processes == 1 else state.device
-    dtype = pipelines.find_dtype(protocol.dtype, place)
+    where = pipelines.find_device(device) if state.num_processes == 1 else state.device
+    dtype = pipelines.find_dtype(protocol.dtype, where)
     if protocol.sampler:
         pipelines.check_scheduler(protocol.sampler)
     with state.main_process_first():
         path = source.path()
         output.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        protocol=protocol,
-        methods=tuple(methods),
-        prompts=prompts,
-        limit=min(limit or len(prompts), len(prompts)),
-        model=(source.name, pipelines.fingerprint(path)),
-        output=output,
-        device=place,
-        dtype=dtype,
-        threads=threads,
-    )
+    number, model = min(limit or len(prompts), len(prompts)), (source.name, pipelines.fingerprint(path))
+    run = Run(protocol, tuple(methods), prompts, number, model, output, where, dtype, threads)
     generate(run, lambda: source.load(path, run), state, command, quiet)
     return run
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Protocol]:
-    """run.json and the protocol in it.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """run.json and the protocol in it; ValueError if there is none."""
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds no run: there is no run.json in it")
     run = read_json(folder / "run.json")
@@ -190,11 +171,7 @@ def score_run(
 
 
 def picture_sets(folders: dict[str, Path], limit: int | None = None) -> dict[str, list[Path]]:
-    """The first pictures of each folder.
-
-    Raises:
-        ValueError: a folder holds none, or fewer than `limit`.
-    """
+    """The first pictures of each folder; ValueError if there are none, or fewer than `limit`."""
     sets = {}
     for name, folder in folders.items():
         found = list_pictures(folder)

@@ -43,9 +43,7 @@ class Scorer:
     """Measures what the scores of a protocol need; every network is loaded once, at the start.
 
     Args:
-        scores: what to measure.
-        weights: where the networks' weights are.
-        device: where they compute.
+        scores, weights, device: what to measure with which weights, and where.
         cache: folder for features, by the hash of what they are of.
         batch: pictures at once.
         quiet: no progress bar.

@@ -33,7 +33,7 @@ def score(
         sets: name of the method → its images; the first is stock, which the others are compared with.
         scorer: measures.
         prompts: one for each image.
-        reference: what the images are compared with as a whole.
+        reference: what the set of images is compared with.
         where: folder or statistics of a reference of real images.
 
     Returns:
@@ -70,12 +70,14 @@ def score(
     shown = [column for column in columns(scorer.scores) if any(column.key in row for row in found.values())]
     rows = []
     for name in sets:
-        own = {column.key: found[name][column.key] for column in shown if column.key in found[name]}
+        known = {column.key: found[name][column.key] for column in shown if column.key in found[name]}
         rows.append(
             {
                 "method": name,
                 "images": number,
-                "scores": {key: described(own[key], None if name == stock else found[stock].get(key)) for key in own},
+                "scores": {
+                    key: described(known[key], None if name == stock else found[stock].get(key)) for key in known
+                },
                 "pictures": _most_different(closeness[name], number),
             }
         )
