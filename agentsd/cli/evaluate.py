@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     about = "how far each method's attention is from the stock attention, by level and noise level"
     add = subcommand("error", about, where).add_argument
     add("--model", default="demo", metavar="MODEL", help="what agentsd-generate --model takes (default: demo)")
-    some = "a preset, tomesd, kv, merge, or skipped: no attention; repeatable (default: all of the table)"
+    some = "a preset, tomesd, kv, merge, pooled, or floor: no attention; repeatable (default: all of the table)"
     add("--method", **methods, help=some)
     add("--prompt", action="append", metavar="TEXT", help="repeatable (default: scenes)")
     add("--prompts", **numbers, default=6, help="scenes to draw (default: 6)")

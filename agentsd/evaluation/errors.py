@@ -175,12 +175,10 @@ def measure(
     """Errors of the attention, and how far whole images come from the stock images of the same seeds.
 
     Args:
-        pipe: the pipeline, stock.
-        variants: as `variant` makes them.
-        prompts: one for each image; all are drawn at once.
+        pipe, variants: the pipeline, stock, and what `variant` makes.
+        prompts, seed: one prompt for each image, all drawn at once, and the seed of the first.
         steps, guidance: of the sampler.
         at: noise levels, as progress from 0 (noise) to 1 (image); the nearest step of each is taken.
-        seed: of the first image.
         quiet: no progress bar.
 
     Returns:

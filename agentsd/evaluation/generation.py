@@ -29,17 +29,7 @@ from agentsd.results import environment, read_json, write_image, write_json
 
 @dataclass(frozen=True)
 class Run:
-    """What is made, and where.
-
-    Attributes:
-        protocol: what to make.
-        methods: those that are made here.
-        prompts: one for each image of the protocol.
-        limit: how many images of each method.
-        model: name and fingerprint of the model.
-        output: folder of the run.
-        device, dtype, threads: what computes; the threads count on a CPU alone.
-    """
+    """What is made, and where: `limit` images of each method, of a model with a name and a fingerprint."""
 
     protocol: Protocol
     methods: tuple[Method, ...]
@@ -176,14 +166,9 @@ class Maker:
 
 @torch.inference_mode()
 def generate(run: Run, load: Callable[[], Any], state: Any, command: Sequence[str] = (), quiet: bool = False) -> None:
-    """Make what is missing; every process of `state` calls this.
+    """Make what is missing; every process of `state`, an `accelerate.PartialState`, calls this.
 
-    Args:
-        run: what to make.
-        load: gives the pipeline; called only if something is missing.
-        state: `accelerate.PartialState`.
-        command: what was typed, for the record.
-        quiet: no progress bar.
+    `load` gives the pipeline and is called only if something is missing; `command` is what was typed, for the record.
 
     Raises:
         ValueError: the folder holds another run.

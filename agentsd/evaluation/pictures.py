@@ -37,12 +37,7 @@ def is_finished(path: Path, text: dict[str, Any]) -> bool:
 
 
 def list_pictures(folder: Path, per_class: int | None = None, number: int | None = None) -> list[Path]:
-    """The pictures below a folder in the order of their names.
-
-    Args:
-        folder: where to look, subfolders included.
-        per_class: only the first so many of each folder.
-        number: only the first so many of all; there must be as many.
+    """The pictures below a folder by name: the first `per_class` of each subfolder, the first `number` in all.
 
     Raises:
         ValueError: there is no such folder, or it holds no picture, or fewer than `number`.

@@ -76,15 +76,11 @@ def make(
 
     Args:
         protocol, methods: what to make; the methods are those of the protocol that are installed.
-        source: the model.
-        output: folder of the run.
+        source, output: the model, and the folder of the run.
         state: `accelerate.PartialState`.
-        limit: only the first images of each method.
-        captions: the file of a protocol that draws captions.
-        device: None is the best there is.
-        threads: on a CPU, of each process.
-        command: what was typed, for the record.
-        quiet: no progress bar.
+        limit, captions: only so many images of each method, and the file of a protocol that draws captions.
+        device, threads: None is the best device there is; the threads are of each process on a CPU.
+        command, quiet: what was typed, for the record, and whether no progress is shown.
 
     Raises:
         ValueError: an option is not one of this protocol or model, or the folder holds another run.
@@ -125,12 +121,10 @@ def score_run(
     """The result for `report.write` of the images of a run.
 
     Args:
-        folder: of the run.
-        scorer: measures.
+        folder, scorer: of the run, and what measures its images.
         methods, limit: which images; None is all that were made.
         reference: folder or statistics of real images.
-        notes: sentences for the report.
-        command: what was typed, for the record.
+        notes, command: sentences for the report, and what was typed, for the record.
     """
     run, protocol = read_run(folder)
     protocol = protocol.replace(scores=scorer.scores)
