@@ -199,7 +199,7 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _batches(settings: Settings, recorded: Recorded) -> list[Batch]:
-    prompts = _read_prompts(settings.prompt_file) if settings.prompt_file else settings.prompt
+    prompts = read_prompts("--prompt-file", settings.prompt_file) if settings.prompt_file else settings.prompt
     if not prompts:
         raise ValueError("--prompt, --prompt-file or --from-png is needed")
     try:
@@ -221,14 +221,15 @@ def _batches(settings: Settings, recorded: Recorded) -> list[Batch]:
     ]
 
 
-def _read_prompts(file: Path) -> list[str]:
+def read_prompts(option: str, file: Path) -> list[str]:
+    """The prompts in a text file, one on each line; a ValueError names the option."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {file} is not text in UTF-8") from error
+        raise ValueError(f"{option} {file} is not text in UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompt-file {file} holds no prompt")
+        raise ValueError(f"{option} {file} holds no prompt")
     return prompts
 
 

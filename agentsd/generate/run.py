@@ -107,7 +107,9 @@ class Run:
     ) -> tuple[list[Image.Image], float]:
         """The images of a batch, and the seconds for each."""
         settings, size = self.plan.settings, len(batch.prompts)
-        call = self._call | changes
+        call: dict[str, Any] = self._call | changes
+        for name in call.keys() & {"image", "mask_image"}:
+            call[name] = [call[name]] * size
         with disabled(self.pipe) if kind == STOCK else nullcontext():
             drawn = draw(
                 self.pipe,
@@ -115,13 +117,14 @@ class Run:
                 batch.seeds,
                 label=None if settings.quiet else label,
                 negative_prompt=[settings.negative_prompt] * size if settings.negative_prompt else None,
-                **{name: [value] * size if name in ("image", "mask_image") else value for name, value in call.items()},
+                **call,
             )
         if drawn.flagged:
             _warn(f"the model's safety checker has blackened an image ({label})")
         images = drawn.images
         if "mask_image" in call:
-            images = [Image.composite(image, call["image"], call["mask_image"]) for image in images]
+            # The VAE has changed the rest too.
+            images = [Image.composite(*three) for three in zip(images, call["image"], call["mask_image"], strict=True)]
         return images, drawn.seconds / size
 
     def _text(self, batch: Batch, index: int, config: AgentSDConfig | None) -> str:

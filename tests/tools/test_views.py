@@ -54,10 +54,10 @@ class Looked:
         destinations = self.view.destination_tokens.tolist()
         best = {}
         for token in set(range(len(unit))) - set(destinations):
-            cosines = [float(unit[token] @ unit[destination]) for token in destinations]
+            cosines = [float(unit[token] @ unit[other]) for other in destinations]
             best[token] = max(cosines), int(np.argmax(cosines))
         order = sorted(best, key=lambda token: -best[token][0])
-        groups = [[destination] for token in destinations]
+        groups = [[token] for token in destinations]
         for token in order[:merged]:
             groups[best[token][1]].append(token)
         return groups + [[token] for token in order[merged:]]
@@ -121,7 +121,7 @@ def test_groups_and_attention_are_those_of_the_definition(looked: dict[str, Look
     shown = [sorted(group) for group in looked[attention].shown]
     assert found[: len(destinations)] == shown[: len(destinations)]
     assert sorted(found[len(destinations) :]) == sorted(shown[len(destinations) :])
-    assert all(view.index[destination] == number for number, destination in enumerate(destinations))
+    assert all(view.index[token] == number for number, token in enumerate(destinations))
     for agent in range(len(destinations)):
         weights = view.attention_map(agent)
         assert weights.shape == view.grid
@@ -133,7 +133,7 @@ def test_groups_and_attention_are_those_of_the_definition(looked: dict[str, Look
 
 def test_every_cell_has_one_destination_and_every_agent_one_group(looked: dict[str, Looked]) -> None:
     view = looked["agent"].view
-    cells = {(destination // 16 // 4, destination % 16 // 4) for destination in view.destination_tokens.tolist()}
+    cells = {(token // 16 // 4, token % 16 // 4) for token in view.destination_tokens.tolist()}
     assert len(cells) == len(view.destination_tokens) == 16
     assert len(view.index.unique()) == len(view.destination_tokens)
 
@@ -169,7 +169,7 @@ def pixel(picture: Image.Image, token: int) -> tuple[int, ...]:
 def test_destinations_are_drawn_in_the_colours_of_their_groups(looked: dict[str, Looked]) -> None:
     view = on_grey(looked["merge"].view)
     destinations = view.destination_tokens.tolist()
-    assert [pixel(view.destinations, destination) for token in destinations] == [
+    assert [pixel(view.destinations, token) for token in destinations] == [
         colour(number) for number in range(len(destinations))
     ]
     others = {pixel(view.destinations, token) for token in set(range(256)) - set(destinations)}
@@ -251,7 +251,7 @@ def test_controlnets_and_sdxl_are_shown_too() -> None:
 
 def test_steps_differ_and_layers_that_a_cached_step_skips_cannot_be_seen() -> None:
     pipe = families.sd("StableDiffusionPipeline")()
-    cached = StepCache(interval=2)
+    cached = StepCache(interval=2, layers=2)
     agentsd.apply(pipe, phases=(Phase(attention=KV(stride=4)),), steps=cached)
     first, second = (agentsd.visualize(pipe, PROMPT, step, 0, num_inference_steps=3) for step in range(2))
     for view in (first, second):
