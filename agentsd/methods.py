@@ -45,7 +45,7 @@ class Method:
 
     Attributes:
         text: as it was asked for, `name:key=value,key=value`.
-        settings: the whole configuration, so that the name is not needed to repeat it, with the version of a peer.
+        settings: every field, so that the name is not needed to repeat it, and the version of a peer.
     """
 
     text: str
@@ -201,7 +201,7 @@ def leave_out_attention(unet: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _tomesd(pipe: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Draw with tomesd, whose random places would otherwise follow from all that ran before in the process."""
+    """Draw with tomesd, whose random destinations would otherwise depend on all that ran before in the process."""
     with torch.random.fork_rng():
         put_tomesd(pipe, options)
         return pipe(*args, **kwargs)

@@ -79,8 +79,7 @@ def caller(unet: Any, setting: Setting, batch: int) -> Callable[[Any, Tensor], A
     dtype, config = getattr(torch, setting.dtype), unet.config
 
     def noise(*shape: int) -> Tensor:
-        whole = torch.randn(setting.batch, *shape, generator=generator)
-        return whole[:batch].to(setting.device, dtype)
+        return torch.randn(setting.batch, *shape, generator=generator)[:batch].to(setting.device, dtype)
 
     sample, text = noise(config.in_channels, *setting.latent), noise(77, config.cross_attention_dim)
     more = {}

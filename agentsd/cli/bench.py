@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   agentsd-bench --model demo --memory
   agentsd-bench --micro                                          one layer from 1,024 to 65,536 tokens
   agentsd-bench --profile --method stock --method paper          where the time of a call goes
+  agentsd-bench --launches --method stock --method turbo         the operations of each kind of call
   agentsd-bench --table benchmarks/results/cpu-*.json            the tables of results, in Markdown
   agentsd-bench --table benchmarks/results/cpu-*.json --into docs/benchmarks.md
 """
