@@ -93,18 +93,12 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     from agentsd.demo.accuracy import held_out_prompts
+    from agentsd.generate.request import read_prompts
 
-    if args.prompts is None:
-        # Not those that scripts/experiments/closeness.py checks with.
-        return held_out_prompts(len(PROMPTS), seed=2) if args.model == "demo" else list(PROMPTS)
-    try:
-        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {args.prompts} is not text in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {args.prompts} holds no prompt")
-    return prompts
+    if args.prompts:
+        return read_prompts("--prompts", args.prompts)
+    # Not those that scripts/experiments/closeness.py checks with.
+    return held_out_prompts(len(PROMPTS), seed=2) if args.model == "demo" else list(PROMPTS)
 
 
 def _tune(args: argparse.Namespace, words: str) -> None:
