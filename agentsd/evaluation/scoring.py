@@ -69,15 +69,14 @@ def score(
             found[name] |= distances
     shown = [column for column in columns(scorer.scores) if any(column.key in row for row in found.values())]
     rows = []
-    for name in sets:
-        known = {column.key: found[name][column.key] for column in shown if column.key in found[name]}
+    for name, estimates in found.items():
+        base = {} if name == stock else found[stock]
+        keys = [column.key for column in shown if column.key in estimates]
         rows.append(
             {
                 "method": name,
                 "images": number,
-                "scores": {
-                    key: described(known[key], None if name == stock else found[stock].get(key)) for key in known
-                },
+                "scores": {key: described(estimates[key], base.get(key)) for key in keys},
                 "pictures": _most_different(closeness[name], number),
             }
         )
