@@ -28,6 +28,7 @@ HEAVY = (
     "agentsd.cli",
     "agentsd.demo",
     "agentsd.evaluation",
+    "agentsd.generate",
     "agentsd.pipelines",
     "agentsd.tune",
     "agentsd.ui",
