@@ -51,8 +51,11 @@ def test_outputs(pipe: Any) -> None:
 
 @pytest.mark.parametrize("label", [None, "drawing"])
 def test_the_progress_bar_is_shown_only_with_a_label(label: str | None, pipe: Any) -> None:
-    draw(pipe, "a red circle", 3, label=label, **CALL)
-    assert pipe._progress_bar_config == {"desc": label, "disable": True if label is None else None, "leave": False}
+    before, during = dict(getattr(pipe, "_progress_bar_config", {})), list[dict[str, Any]]()
+    with pipe.unet.register_forward_pre_hook(lambda *_: during.append(dict(pipe._progress_bar_config))):
+        draw(pipe, "a red circle", 3, label=label, **CALL)
+    assert during[0] == {"desc": label, "disable": True if label is None else None, "leave": False}
+    assert pipe._progress_bar_config == before
 
 
 def test_flagged_images_are_told() -> None:
