@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentsd.cli import command
-from agentsd.cli.command import Parser, formatter, number, whole
+from agentsd.cli.command import Parser, formatter, whole
 
 if TYPE_CHECKING:
     from agentsd.evaluation.generation import Run
@@ -89,20 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     folders = "folders instead of a run, pictures in the order of their names; the first is stock; repeatable"
     add("--images", action="append", metavar="NAME=FOLDER", help=folders)
     add("--limit", **numbers, help="only the first N images of each method")
-    about = "how far each method's attention is from the stock attention, by level and noise level"
-    add = subcommand("error", about, where).add_argument
-    add("--model", default="demo", metavar="MODEL", help="what agentsd-generate --model takes (default: demo)")
-    some = "a preset, tomesd, kv, merge, pooled, or floor: no attention; repeatable (default: all of the table)"
-    add("--method", **methods, help=some)
-    add("--prompt", action="append", metavar="TEXT", help="repeatable (default: scenes)")
-    add("--prompts", **numbers, default=6, help="scenes to draw (default: 6)")
-    add("--steps", **numbers, default=20, help="(default: 20)")
-    add("--guidance-scale", type=number, default=4.0, metavar="G", help="(default: 4)")
-    add("--dtype", metavar="DTYPE", help="(default: float16 on cuda, else float32)")
-    add("--threads", **numbers, help="on a CPU (default: torch's)")
     add = subcommand("report", "write the report of a results.json again, or print its table").add_argument
-    what_file = "results.json, the folder of a run, or errors.json"
-    add("results", nargs="?", type=Path, metavar="RESULTS", help=what_file)
+    add("results", nargs="?", type=Path, metavar="RESULTS", help="results.json, or the folder of a run")
     add("--table", action="store_true", help="print the table in Markdown and write nothing")
     add("--columns", nargs="+", metavar="KEY", help="only these scores in the table")
     marks = "renew the tables of documents, between <!-- agentsd-eval FILE.json COLUMN … --> and <!-- /agentsd-eval -->"
@@ -117,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         args = build_parser().parse_args(words)
         args.words = [PROGRAM, *words]
-        commands = {"run": _run, "generate": _generate, "score": _score, "report": _report, "error": _error}
+        commands = {"run": _run, "generate": _generate, "score": _score, "report": _report}
         commands[args.command](args)
 
     return command.run(
@@ -273,42 +260,6 @@ def _report(args: argparse.Namespace) -> None:
     else:
         folder = args.results if args.results.is_dir() else args.results.parent
         _name(report.write(report.read(args.results), folder))
-
-
-def _error(args: argparse.Namespace) -> None:
-    command.quieten()
-    import torch
-
-    from agentsd import pipelines
-    from agentsd.demo.accuracy import held_out_prompts
-    from agentsd.evaluation import errors
-    from agentsd.evaluation.networks import needs
-    from agentsd.evaluation.run import available
-    from agentsd.results import environment
-
-    with needs("torchmetrics", "eval"):
-        import torchmetrics  # noqa: F401
-    wanted = [errors.variant(text) for text in args.method or errors.VARIANTS]
-    variants, _ = available(wanted, required=bool(args.method))
-    output = args.output or Path("runs") / "error"
-    output.mkdir(parents=True, exist_ok=True)
-    device = pipelines.find_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    pipe = pipelines.load(args.model, dtype=pipelines.find_dtype(args.dtype, device), device=device)
-    prompts = args.prompt or held_out_prompts(args.prompts)
-    result = errors.measure(pipe, variants, prompts, steps=args.steps, guidance=args.guidance_scale, quiet=args.quiet)
-    result["provenance"] = {
-        "command": shlex.join(args.words),
-        "prompts": prompts,
-        "steps": args.steps,
-        "guidance": args.guidance_scale,
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        **environment(str(device)),
-    }
-    paths = errors.write(result, output)
-    print(errors.tables(result))
-    _name(paths)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    from agentsd.demo.accuracy import held_out_prompts
+    from agentsd.demo.scenes import held_out_prompts
     from agentsd.generate.request import read_prompts
 
     if args.prompts:

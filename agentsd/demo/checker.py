@@ -65,21 +65,6 @@ class AttributeChecker(nn.Module):
         return model.float().eval()
 
 
-def labels(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `AttributeChecker.forward` should say of fully specified scenes; -1 where it does not matter."""
-    shape = torch.full((len(scenes), len(PLACES)), len(SHAPES))
-    colour, size = torch.full_like(shape, -1), torch.full_like(shape, -1)
-    for index, scene in enumerate(scenes):
-        for thing in scene.things:
-            place = list(PLACES).index(str(thing.place))
-            shape[index, place] = SHAPES.index(str(thing.shape))
-            colour[index, place] = list(COLOURS).index(str(thing.colour))
-            size[index, place] = list(SIZES).index(str(thing.size))
-    ground = torch.tensor([list(COLOURS).index(str(scene.colour)) for scene in scenes])
-    texture = torch.tensor([TEXTURES.index(str(scene.texture)) for scene in scenes])
-    return shape, colour, size, ground, texture
-
-
 def _agreement(asked: Thing, seen: Thing) -> list[bool]:
     return [
         getattr(asked, name) == getattr(seen, name)

@@ -1,8 +1,8 @@
 """Captioned scenes: the data on which the embedded model is trained, and the grammar of its prompts.
 
 A scene is one or two shapes, each with a colour, a size and a place, on a coloured background with a texture.
-`sample` draws scenes,
-`caption` puts one into words, `parse` reads the words back, `render` draws pictures with anti-aliased edges.
+`sample` draws scenes, `caption` puts one into words, `parse` reads the words back, `render` draws pictures with
+anti-aliased edges.
 """
 
 import math
@@ -120,6 +120,12 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
         ground = scene.colour if plain else f"{scene.texture} {scene.colour}"
         text += (", on " if rng is not None and rng.random() < 0.4 else " on ") + _article(ground) + " background"
     return text
+
+
+def held_out_prompts(count: int, seed: int = 1) -> list[str]:
+    """Prompts that state everything, each with a combination that training never showed."""
+    rng = random.Random(f"held out/{seed}")
+    return [caption(sample(rng, held_out=True)) for _ in range(count)]
 
 
 def words(prompt: str) -> list[str]:

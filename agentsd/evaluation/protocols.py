@@ -286,7 +286,7 @@ def prompts(protocol: Protocol, captions: Path | None = None) -> list[str]:
     """
     source = protocol.prompts
     if source.source == "scenes":
-        from agentsd.demo.accuracy import held_out_prompts
+        from agentsd.demo.scenes import held_out_prompts
 
         texts: Sequence[str] = held_out_prompts(source.number, source.seed)
     elif source.source == "imagenet":

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsd.evaluation import report
-from agentsd.evaluation.errors import tables
-from agentsd.results import filled, read_json, write_text
+from agentsd.results import filled, write_text
 
 MARK = "agentsd-eval"
 
@@ -32,25 +31,18 @@ def summary(path: Path, columns: list[str] | None = None) -> str:
     """The commands behind a file of results, what they were run on, and its table in Markdown.
 
     Args:
-        path: results.json, or the folder of a run, or errors.json.
-        columns: keys of scores, for the first kind.
+        path: results.json, or the folder of a run.
+        columns: keys of scores; None is all.
 
     Raises:
-        ValueError: it is neither, or has no such column.
+        ValueError: it is none, or has no such column.
     """
-    result = read_json(path) if path.is_file() else None
-    if isinstance(result, dict) and "variants" in result:
-        if columns:
-            raise ValueError(f"{path} has no columns to choose from: it is of agentsd-eval error")
-        table = tables(result)
-    else:
-        result = report.read(path)
-        known = [column["key"] for column in result["columns"]]
-        if unknown := [key for key in columns or () if key not in known]:
-            raise ValueError(f"--columns is {unknown[0]!r}; it must be of {', '.join(known)}")
-        table = report.table(result, columns)
+    result = report.read(path)
+    known = [column["key"] for column in result["columns"]]
+    if unknown := [key for key in columns or () if key not in known]:
+        raise ValueError(f"--columns is {unknown[0]!r}; it must be of {', '.join(known)}")
     commands = "\n".join(_commands(result["provenance"]))
-    return f"```bash\n{commands}\n```\n\n*{_caption(result)}*\n\n{table}"
+    return f"```bash\n{commands}\n```\n\n*{_caption(result)}*\n\n{report.table(result, columns)}"
 
 
 def _commands(provenance: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from agentsd import AgentSDConfig, pipelines
-from agentsd.demo.accuracy import held_out_prompts
+from agentsd.demo.scenes import held_out_prompts
 from agentsd.drawing import draw
 from agentsd.images import psnr
 from agentsd.methods import method, prepared

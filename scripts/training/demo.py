@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from agentsd.demo import scenes
-from agentsd.demo.checker import AttributeChecker, labels
+from agentsd.demo.checker import AttributeChecker
+from agentsd.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene
 from agentsd.drawing import draw
 
 LENGTH = 32
@@ -211,6 +212,21 @@ def grow(unet: UNet2DConditionModel, coarse: UNet2DConditionModel) -> None:
     for a, b, channel in itertools.product(range(3), range(3), range(4)):
         (row, u), (column, v) = where[a], where[b]
         halve.weight[:, 8 * row + 4 * column + channel, u, v] += GROWN_SCALE * first["weight"][:, channel, a, b]
+
+
+def labels(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `AttributeChecker.forward` should say of fully specified scenes; -1 where it does not matter."""
+    shape = torch.full((len(scenes), len(PLACES)), len(SHAPES))
+    colour, size = torch.full_like(shape, -1), torch.full_like(shape, -1)
+    for index, scene in enumerate(scenes):
+        for thing in scene.things:
+            place = list(PLACES).index(str(thing.place))
+            shape[index, place] = SHAPES.index(str(thing.shape))
+            colour[index, place] = list(COLOURS).index(str(thing.colour))
+            size[index, place] = list(SIZES).index(str(thing.size))
+    ground = torch.tensor([list(COLOURS).index(str(scene.colour)) for scene in scenes])
+    texture = torch.tensor([TEXTURES.index(str(scene.texture)) for scene in scenes])
+    return shape, colour, size, ground, texture
 
 
 def attribute_loss(logits: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:

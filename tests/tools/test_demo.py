@@ -2,6 +2,7 @@
 
 import math
 import random
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from agentsd.demo import MODEL, VOCABULARY, scenes, unknown_words
-from agentsd.demo.accuracy import checker_accuracy, draw, held_out_prompts, measure
 from agentsd.demo.checker import AttributeChecker, score
-from agentsd.demo.scenes import Scene, Thing
+from agentsd.demo.scenes import Scene, Thing, held_out_prompts
+
+ACCURACY = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "training" / "accuracy.py"))
+checker_accuracy, draw, measure = (ACCURACY[name] for name in ("checker_accuracy", "draw", "measure"))
 
 PROMPT = "a large red circle on the left, a small blue star on the right, on a striped green background"
 

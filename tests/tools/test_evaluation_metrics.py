@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from agentsd.cli.evaluate import main
-from agentsd.demo.accuracy import held_out_prompts, measure
 from agentsd.demo.checker import AttributeChecker
+from agentsd.demo.scenes import held_out_prompts
 from agentsd.evaluation import metrics
 from agentsd.evaluation.columns import Column
 from agentsd.evaluation.metrics import Estimate, Frechet, Kernel, Statistics, frechet_distance, resamples
@@ -38,6 +39,7 @@ from agentsd.evaluation.scoring import described, score
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("torchmetrics")
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def features(count: int, size: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -490,6 +492,7 @@ def test_attributes_are_those_of_the_models_card(picture_folder: Pictures, tmp_p
     scorer = Scorer(Scores(adherence=("attributes",), bootstrap=10), Weights(), CPU, tmp_path, 3, True)
     found = score({"stock": sorted(folder.iterdir())}, scorer, prompts=prompts)["methods"][0]["scores"]
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.iterdir())])
+    measure = runpy.run_path(str(ROOT / "scripts/training/accuracy.py"))["measure"]
     expected = measure(images.permute(0, 3, 1, 2).float() / 255, prompts, AttributeChecker.load())
     assert {key.removeprefix("attributes_"): row["value"] / 100 for key, row in found.items()} == pytest.approx(
         expected

@@ -1,11 +1,19 @@
-"""How far the attention of a method is from the stock attention: by level of the U and by noise level.
+#!/usr/bin/env python
+"""How far the attention of a method is from the stock attention: by level of the UNet and by noise level.
+
+python scripts/experiments/attention_error.py --device cpu --threads 1 --prompts 2
+python scripts/experiments/attention_error.py --method paper --method floor --output runs/error
+python scripts/experiments/attention_error.py --into docs/benchmarks.md
 
 Every layer is given the input that it has in a stock run, so that errors do not build up along the network; what is
 compared is its output before `to_out`, for every token.
 """
 
+import argparse
 import dataclasses
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,18 +22,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agentsd import checks
+from agentsd import checks, pipelines
 from agentsd.api import apply
+from agentsd.demo.scenes import held_out_prompts
 from agentsd.drawing import UNetCall, draw, record_calls
-from agentsd.evaluation.metrics import pair_distances
-from agentsd.evaluation.pictures import as_tensor
 from agentsd.hosts.diffusers_unet import SelfAttentionLayer, find_layers
-from agentsd.methods import Method, leave_out_attention, method, own_copy, parse, prepared, put_tomesd
-from agentsd.results import markdown_table, write_json, write_text
+from agentsd.images import psnr
+from agentsd.methods import (
+    Method,
+    leave_out_attention,
+    method,
+    missing,
+    own_copy,
+    parse,
+    prepared,
+    put_tomesd,
+)
+from agentsd.results import environment, filled, markdown_table, read_json, write_json, write_text
 
+SCRIPT = "scripts/experiments/attention_error.py"
 VARIANTS = (
     "paper:ratio=0.4",
     "tomesd:ratio=0.4",
@@ -186,10 +205,9 @@ def measure(
         ‖O − O_stock‖ / ‖O_stock‖), and `psnr` of each image in dB.
     """
 
-    def images(call: Any) -> Tensor:
+    def images(call: Any) -> list[Image]:
         seeds = [seed + index for index in range(len(prompts))]
-        drawn = draw(call, prompts, seeds, num_inference_steps=steps, guidance_scale=guidance)
-        return torch.stack([as_tensor(image) for image in drawn.images])
+        return draw(call, prompts, seeds, num_inference_steps=steps, guidance_scale=guidance).images
 
     pipe.set_progress_bar_config(disable=True)
     own = own_copy(pipe)
@@ -214,13 +232,13 @@ def measure(
                 for level in levels:
                     names = [layer.name for layer in layers if layer.level == level]
                     errors[level].append(statistics.mean(relative_error(found[name], true[name]) for name in names))
-        psnr = pair_distances("psnr", images(_drawing(pipe, wanted)), stock).tolist()
+        decibels = map(psnr, images(_drawing(pipe, wanted)), stock)
         rows.append(
             {
                 "variant": wanted.text,
                 "settings": wanted.settings,
                 "error": {str(level): values for level, values in errors.items()},
-                "psnr": [min(value, IDENTICAL) for value in psnr],
+                "psnr": [min(value, IDENTICAL) for value in decibels],
             }
         )
     return {"progress": [progress[i] for i in nearest], "levels": levels, "variants": rows}
@@ -230,14 +248,6 @@ def relative_error(found: Tensor, true: Tensor) -> float:
     """The mean over a batch of ‖found − true‖ / ‖true‖."""
     difference = (found.double() - true.double()).flatten(1).norm(dim=1)
     return float((difference / true.double().flatten(1).norm(dim=1)).mean())
-
-
-def write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write errors.json and errors.md; returns their paths."""
-    paths = [folder / "errors.json", folder / "errors.md"]
-    write_json(paths[0], result)
-    write_text(paths[1], tables(result) + "\n")
-    return paths
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -252,3 +262,64 @@ def tables(result: dict[str, Any]) -> str:
         every.append([row["variant"], *(f"{statistics.mean(row['error'][level]):.4f}" for level in levels)])
     second = ["variant", *(f"level {level}" for level in levels)]
     return markdown_table(head, finest) + "\n\n" + markdown_table(second, every)
+
+
+def block(result: dict[str, Any]) -> str:
+    """The command behind a result, what it was run on, and its tables."""
+    about = result["provenance"]
+    machine = f"{about['device']}, {about['threads']} thread{'s' * (about['threads'] > 1)}"
+    packages = ", ".join(f"{name} {about[name]}" for name in ("torch", "diffusers"))
+    caption = f"{len(about['prompts'])} prompts, {about['steps']} steps, {about['dtype']}, {machine}, {packages}"
+    return f"```bash\n{about['command']}\n```\n\n*{caption}*\n\n{tables(result)}"
+
+
+def renewed(document: Path) -> str:
+    """A document with new tables between `<!-- SCRIPT FILE.json -->` and `<!-- /SCRIPT -->`."""
+    return filled(document, SCRIPT, lambda words: block(read_json(document.parent / words[0])))
+
+
+def main() -> None:
+    """Measure, print the tables and write errors.json; or renew the tables of a document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="as agentsd-generate (default: demo)")
+    parser.add_argument("--method", action="append", help="a method, kv, merge or pooled; repeatable (default: all)")
+    parser.add_argument("--prompt", action="append", help="repeatable (default: scenes of the embedded model)")
+    parser.add_argument("--prompts", type=int, default=6, help="scenes to draw (default: 6)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--dtype", help="default: float16 on cuda, else float32")
+    parser.add_argument("--device", help="default: the best there is")
+    parser.add_argument("--threads", type=int, help="on a CPU (default: torch's)")
+    parser.add_argument("--output", type=Path, default=Path("runs/error"), help="folder for errors.json")
+    parser.add_argument(
+        "--into", type=Path, metavar="DOCUMENT", help=f"only renew the tables after <!-- {SCRIPT} FILE -->"
+    )
+    args = parser.parse_args()
+
+    if args.into:
+        write_text(args.into, renewed(args.into))
+        return
+    variants = [variant(text) for text in args.method or VARIANTS]
+    if absent := missing(variants):
+        raise SystemExit(f"not installed: {', '.join(absent.values())}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pipelines.find_device(args.device)
+    pipe = pipelines.load(args.model, dtype=pipelines.find_dtype(args.dtype, device), device=device)
+    prompts = args.prompt or held_out_prompts(args.prompts)
+    result = measure(pipe, variants, prompts, steps=args.steps, guidance=args.guidance_scale)
+    result["provenance"] = {
+        "command": shlex.join(["python", SCRIPT, *sys.argv[1:]]),
+        "prompts": prompts,
+        "steps": args.steps,
+        "guidance": args.guidance_scale,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        **environment(str(device)),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_json(args.output / "errors.json", result)
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,25 @@
-"""agentsd-eval error: the attention's error is what brute force says it is."""
+"""scripts/experiments/attention_error.py: the attention's error is what brute force says it is."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from agentsd.cli.evaluate import main
 from agentsd.config import Merge
 from agentsd.drawing import UNetCall
-from agentsd.evaluation import errors
-from agentsd.evaluation.errors import relative_error, variant
 from agentsd.hosts.diffusers_unet import find_layers
 from agentsd.methods import missing
 
-pytest.importorskip("torchmetrics")
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "scripts/experiments/attention_error.py"
+errors = SimpleNamespace(**runpy.run_path(str(ROOT / SCRIPT)))
+variant, relative_error = errors.variant, errors.relative_error
 
 
 @pytest.fixture
@@ -107,19 +110,26 @@ def test_the_command_writes_its_tables(
     tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--model", str(tiny_pipeline_folder), "--steps", "3", "--prompts", "2", "--device", "cpu", "--quiet"]
-    assert main(["error", *options, "--method", "kv:stride=2", "--method", "floor", "--output", "out"]) == 0
+
+    def run(*options: object) -> None:
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, options)])
+        errors.main()
+
+    options = ("--model", tiny_pipeline_folder, "--steps", 3, "--prompts", 2, "--device", "cpu")
+    run(*options, "--method", "kv:stride=2", "--method", "floor", "--output", "out")
     result = json.loads((tmp_path / "out/errors.json").read_text())
     assert [row["variant"] for row in result["variants"]] == ["kv:stride=2", "floor"]
     assert result["provenance"]["steps"] == 3
-    text = (tmp_path / "out/errors.md").read_text()
     assert errors.tables(result) in capsys.readouterr().out
-    assert "| variant | level 1 | level 2 |" in text
-    assert main(["report", "out/errors.json", "--table"]) == 0
-    table = capsys.readouterr().out
-    assert errors.tables(result) in table
-    assert "2 prompts, 3 steps" in table
-    assert main(["report", "out/errors.json", "--columns", "psnr"]) == 2
-    assert "has no columns to choose from" in capsys.readouterr().err
-    assert main(["error", "--method", "tgate", "--output", "out"]) == 2
-    assert "its attention is the stock one" in capsys.readouterr().err
+    assert "| variant | level 1 | level 2 |" in errors.tables(result)
+    (tmp_path / "text.md").write_text(f"<!-- {SCRIPT} out/errors.json -->\nold\n<!-- /{SCRIPT} -->\n")
+    run("--into", "text.md")
+    text = (tmp_path / "text.md").read_text()
+    assert errors.tables(result) in text
+    assert "2 prompts, 3 steps" in text
+    assert f"python {SCRIPT} --model" in text
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_the_results() -> None:
+    page = ROOT / "docs" / "benchmarks.md"
+    assert errors.renewed(page) == page.read_text(encoding="utf-8")
