@@ -7,12 +7,11 @@ enter them from the last full step; here they can be extrapolated from the last 
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agentsd.cache.technique import Call
 from agentsd.config import AgentSDWarning, StepCache
@@ -28,7 +27,17 @@ _KNOWN = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2
 
 def full_steps(steps: int, cache: StepCache) -> list[int]:
     """Which of so many steps are full, `max_gap` aside; extrapolation has to begin with two."""
-    return [i for i in range(steps) if not i or (i - (1 if cache.extrapolate else 0)) % cache.interval == 0]
+    return [i for i in range(steps) if not i or (i + 1 - _needed(cache)) % cache.interval == 0]
+
+
+def _cut(entry: StepCache) -> int:
+    """The number of layers that a cached step computes; 0 where every step is full."""
+    return entry.layers if entry.interval > 1 else 0
+
+
+def _needed(entry: StepCache) -> int:
+    """From how many full steps a cached step's features are made."""
+    return 2 if entry.extrapolate else 1
 
 
 @dataclass
@@ -38,30 +47,21 @@ class History:
     Attributes:
         text: the prompt's embedding, the same object in every step of an image. Another one may be another prompt, and
             to compare them would wait for the device.
-        key: shape, dtype and device of the sample.
-        run: the schedule.
+        key: the schedule; shape, dtype and device of the sample.
         position: that of the last call in the schedule.
         cache: the entry of the configuration in force in the last call.
-        features: of the last two full steps, and their numbers among the calls.
+        features: of the last full steps, at most two, each after its number among the calls.
         calls: number of calls so far.
         at: progress of the last full step.
     """
 
-    text: "weakref.ref[Tensor] | None"
+    text: "weakref.ref[Any]"
     key: tuple[Any, ...]
-    run: object
     position: float
-    cache: StepCache | None = None
-    features: list[tuple[int, Tensor]] = field(default_factory=list)
+    cache: StepCache
+    features: tuple[tuple[int, Tensor], ...] = ()
     calls: int = -1
     at: float = 0
-
-    def extrapolated(self, share: float) -> Tensor:
-        """The features now, from those of the last full steps."""
-        if not share:
-            return self.features[-1][1]
-        (before, F0), (after, F1) = self.features[-2:]
-        return torch.lerp(F1, F0, -share * (self.calls - after) / (after - before))
 
 
 class StepCacheState:
@@ -71,7 +71,6 @@ class StepCacheState:
     the up side, which take one each. A call that computes n layers computes the modules that n of them need.
 
     Attributes:
-        cuts: the number of layers that a cached step computes, for each entry with an interval above 1.
         full: whether the call in progress is a full step; None outside of calls.
         layers: layers that the call in progress computes; 0 is all of them.
         keep: the cut at which the call in progress keeps its features; 0 is none.
@@ -83,63 +82,28 @@ class StepCacheState:
         ValueError: the UNet has other blocks than Stable Diffusion's, or fewer layers than are to be computed.
     """
 
-    def __init__(self, model: nn.Module, entries: Sequence[StepCache]) -> None:
+    def __init__(self, model: Any, entries: Sequence[StepCache]) -> None:
         self.entries = tuple(entries)
-        self.histories: list[History] = []
-        self.turn = 0
-        self.position: float = 0
-        self.last = False
         self.bytes = 0
         self.warned = False
-        self.forced: Tensor | None = None
-        self.modules: list[Skippable] = []
-        self._after()
+        self.histories: list[History] = []
+        self.reset()
         kind = type(model).__name__
-        self.cuts = {entry: entry.layers for entry in self.entries if entry.interval > 1}
-        blocks: list[Any] = [*model.down_blocks, *model.up_blocks]  # type: ignore[misc]
-        if others := sorted({type(block).__name__ for block in blocks} - _KNOWN):
+        if others := sorted({type(block).__name__ for block in (*model.down_blocks, *model.up_blocks)} - _KNOWN):
             raise ValueError(
                 f"steps is set; it must be empty for {kind}, whose blocks {', '.join(others)} are not supported"
             )
-        most = sum(len(block.resnets) for block in model.up_blocks) - 1  # type: ignore[misc, union-attr]
-        for layers in self.cuts.values():
-            if layers > most:
-                raise ValueError(f"layers of steps is {layers}; for this {kind} it must be at most {most}")
-        self._find(model)
-
-    def _find(self, model: Any) -> None:
-        """Every module that may be skipped."""
-        number = 1
-        for block in model.down_blocks:
-            self.modules.append(DownBlock(self, block, number + 1))
-            attentions = getattr(block, "attentions", [None] * len(block.resnets))
-            for resnet, attention in zip(block.resnets, attentions, strict=True):
-                number += 1
-                self.modules.append(Resnet(self, resnet, number))
-                if attention is not None:
-                    self.modules.append(Attention(self, attention, number))
-            for downsampler in block.downsamplers or ():
-                number += 1
-                self.modules.append(Downsampler(self, downsampler, number))
-        if model.mid_block is not None:
-            self.modules.append(Skippable(self, model.mid_block, _EVERY_LAYER))
-        number = 0
-        for block in reversed(model.up_blocks):
-            self.modules.append(UpBlock(self, block, number + 1, edge=True))
-            attentions = getattr(block, "attentions", [None] * len(block.resnets))
-            for resnet, attention in reversed(list(zip(block.resnets, attentions, strict=True))):
-                number += 1
-                self.modules.append(Resnet(self, resnet, number, edge=attention is None))
-                if attention is not None:
-                    self.modules.append(Attention(self, attention, number, edge=True))
+        most = sum(len(block.resnets) for block in model.up_blocks) - 1
+        layers = max(map(_cut, self.entries))
+        if layers > most:
+            raise ValueError(f"layers of steps is {layers}; for this {kind} it must be at most {most}")
+        self.modules = list(_skippable(self, model))
 
     def attach(self) -> None:
-        """Let each module that may be skipped ask before it computes."""
         for module in self.modules:
             module.attach()
 
     def detach(self) -> None:
-        """Give every module its own forward back."""
         self.reset()
         for module in self.modules:
             module.detach()
@@ -152,84 +116,74 @@ class StepCacheState:
         self.history: History | None = None
 
     def reset(self) -> None:
-        """Let the next call be stock, and keep nothing."""
         self.histories.clear()
+        self.turn, self.position, self.last = 0, 0.0, False
         self._after()
 
     def before_call(self, call: Call) -> None:
         """Decide whether the call is a full or a cached step."""
         self._after()
+        self.full = True
         now = progress(call.timestep, call.num_train_timesteps)
         entry = in_force(self.entries, now)
-        cut = self.cuts.get(entry) if entry else None
-        self.full = True
-        if self.forced is not None:
-            if cut:
-                self.full, self.layers, self.cached = False, cut, self.forced
-            return
-        history = self.history = self._enter(call)
-        if history is None or entry is None:
+        assert entry is not None
+        self._warn_of_few_steps(entry, call)
+        history = self.history = self._enter(call, entry)
+        if history is None:
             return
         history.calls += 1
-        if history.cache is not entry:
-            if history.cache is None or self.cuts.get(history.cache) != cut:
-                history.features.clear()
-            history.cache = entry
-            self._warn_of_few_steps(entry, call)
-        if cut is None:
+        cut = _cut(entry)
+        if cut != _cut(history.cache):
+            history.features = ()
+        history.cache = entry
+        if not cut:
             return
-        enough = len(history.features) >= (2 if entry.extrapolate else 1)
         due = bool(history.features) and history.calls - history.features[-1][0] >= entry.interval
         far = entry.max_gap is not None and now - history.at > entry.max_gap + 1e-9
-        self.full = due or far or not enough
+        self.full = due or far or len(history.features) < _needed(entry)
         if self.full:
             self.keep, history.at = cut, now
         else:
-            self.layers, self.cached = cut, history.extrapolated(entry.extrapolate)
+            self.layers, self.cached = cut, history.features[-1][1]
+            if entry.extrapolate:
+                (before, F0), (after, F1) = history.features
+                self.cached = torch.lerp(F1, F0, -entry.extrapolate * (history.calls - after) / (after - before))
 
     def after_call(self, *_: Any) -> None:
         """Keep the features of a full step; after the last step of a run, nothing."""
-        history = self.history
-        if history is not None:
+        if history := self.history:
             if self.fresh is not None:
                 # CUDA graphs write into their outputs again.
                 fresh = self.fresh.detach().clone() if self.fresh.is_cuda else self.fresh.detach()
-                two = history.cache is not None and history.cache.extrapolate > 0
-                history.features = [*history.features, (history.calls, fresh)][-2 if two else -1 :]
+                history.features = (*history.features, (history.calls, fresh))[-_needed(history.cache) :]
             self.bytes = max(self.bytes, sum(f.nbytes for each in self.histories for _, f in each.features))
             if self.last:
-                history.features.clear()
+                history.features = ()
         self._after()
 
-    def _enter(self, call: Call) -> History | None:
+    def _enter(self, call: Call, entry: StepCache) -> History | None:
         """The history of a call, empty again where the call does not go on from the history's last one."""
         clock = call.clock
-        if any(history.text is not None and history.text() is None for history in self.histories):
-            self.histories.clear()
-        if self.histories and self.histories[0].run is clock.run and clock.position == self.position:
-            self.turn += 1
-        else:
-            self.turn = 0
-        self.position = clock.position
+        key = (clock.run, call.sample.shape, call.sample.dtype, call.sample.device)
+        text = self if call.text is None else call.text
+        again = self.histories and self.histories[0].key[0] is clock.run and clock.position == self.position
+        self.turn, self.position = self.turn + 1 if again else 0, clock.position
         self.last = bool(clock.schedule) and clock.position == len(clock.schedule) - 1
-        key = (call.sample.shape, call.sample.dtype, call.sample.device)
         if self.turn >= _MOST_HISTORIES:
             return None
         if self.turn < len(self.histories):
             history = self.histories[self.turn]
-            same = (history.text() if history.text else None) is call.text
-            if same and history.key == key and history.run is clock.run and clock.position > history.position:
+            if history.text() is text and history.key == key and clock.position > history.position:
                 history.position = clock.position
                 return history
             del self.histories[self.turn :]
-        text = None if call.text is None else weakref.ref(call.text)
-        self.histories.append(History(text, key, clock.run, clock.position))
+        self.histories.append(History(weakref.ref(text), key, clock.position, entry))
         return self.histories[-1]
 
     def _warn_of_few_steps(self, entry: StepCache, call: Call) -> None:
         """Warn, once, where a run has so few steps that full steps are far apart."""
         schedule = call.clock.schedule
-        if self.warned or entry not in self.cuts or entry.max_gap is not None or len(schedule) < 2:
+        if self.warned or not _cut(entry) or entry.max_gap is not None or len(schedule) < 2:
             return
         step = abs(schedule[0] - schedule[-1]) / (len(schedule) - 1) / call.num_train_timesteps
         if step * entry.interval > _FAR:
@@ -244,35 +198,17 @@ class StepCacheState:
 
     def snapshot(self) -> Any:
         """What is kept between calls now, for `restore`."""
-        return self.position, self.turn, self._copies(self.histories)
+        return self.position, self.turn, [replace(history) for history in self.histories]
 
     def restore(self, kept: Any) -> None:
         """Keep what was kept when `snapshot` was called, as often as need be."""
         self.position, self.turn, histories = kept
-        self.histories = self._copies(histories)
-
-    @staticmethod
-    def _copies(histories: Sequence[History]) -> list[History]:
-        return [replace(history, features=[*history.features]) for history in histories]
-
-    def cut_module(self, layers: int) -> nn.Module:
-        """The module whose output is kept where cached steps compute so many layers."""
-        return next(module.module for module in self.modules if module.edge and module.number == layers + 1)
-
-    @contextmanager
-    def force(self, features: Tensor) -> Iterator[None]:
-        """Context in which every call is a cached step with these features."""
-        self.forced = features
-        try:
-            yield
-        finally:
-            self.forced = None
+        self.histories = [replace(history) for history in histories]
 
     def describe(self) -> Iterator[str]:
-        """Sentences on what is kept."""
         start = 0.0
         for entry in self.entries:
-            if entry in self.cuts:
+            if _cut(entry):
                 gap = entry.max_gap
                 far = "" if gap is None else f", and any over {gap:g} of the schedule after the last full one"
                 layers = f"{entry.layers} layers" if entry.layers > 1 else "layer"
@@ -284,23 +220,20 @@ class StepCacheState:
         yield f"kept between steps: at most {self.bytes / 2**20:.2g} MiB so far"
 
 
-def _like(x: Tensor, channels: int = 1, size: tuple[int, ...] | None = None) -> Tensor:
-    """Something of the right shape that nobody reads; one channel, where it may broadcast."""
-    return x.new_empty(len(x), channels, *(size or x.shape[-2:]))
-
-
 class Skippable:
     """In the place of a module's forward: calls it, or skips it.
 
     Args:
         state: what decides.
         module: the module.
+        kind: what it is, which says what its output looks like.
         number: the layer that it belongs to: it is computed where at least so many are.
         edge: whether its output enters the next layer out.
     """
 
-    def __init__(self, state: StepCacheState, module: nn.Module, number: int, edge: bool = False) -> None:
+    def __init__(self, state: StepCacheState, kind: str, module: Any, number: int, edge: bool = False) -> None:
         self.state = state
+        self.kind = kind
         self.module = module
         self.number = number
         self.edge = edge
@@ -309,19 +242,16 @@ class Skippable:
         self.previous: Callable[..., Any] | None = None
 
     def attach(self) -> None:
-        """Stand in the place of the module's forward."""
         self.previous = vars(self.module).get("forward")
-        self.module.forward = self  # type: ignore[assignment]
+        self.module.forward = self
 
     def detach(self) -> None:
-        """Put back what stood there."""
         if vars(self.module).get("forward") is self:
             del self.module.forward
             if self.previous is not None:
-                self.module.forward = self.previous  # type: ignore[assignment]
+                self.module.forward = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module, or what stands in for it."""
         state = self.state
         if 0 < state.layers < self.number:
             return self.instead(args[0] if args else kwargs["hidden_states"])
@@ -330,59 +260,54 @@ class Skippable:
             state.fresh = out[0] if isinstance(out, tuple) else out
         return out
 
-    def features(self, x: Tensor) -> Tensor:
-        """The cached features, if this is where they enter; else something that nobody reads."""
-        cached = self.state.cached
-        assert cached is not None
-        return cached if self.edge and self.state.layers == self.number - 1 else _like(x, size=cached.shape[-2:])
-
     def instead(self, x: Tensor) -> Any:
-        """What stands in for the output."""
-        return x
+        """What stands in for the output: the cached features, if this is where they enter; else what nobody reads.
+
+        The latter has one channel, where it may broadcast; T2I-Adapters add in place to what leaves a block.
+        """
+        module, cached = self.module, self.state.cached
+
+        def unread(size: Sequence[int], channels: int = 1) -> Tensor:
+            return x.new_empty(len(x), channels, *size)
+
+        size, half = x.shape[-2:], [-(-side // 2) for side in x.shape[-2:]]
+        if self.kind == "downsampler":
+            return unread(half, module.out_channels)
+        if self.kind == "down block":
+            sizes = [size] * len(module.resnets) + [half] * bool(module.downsamplers)
+            return unread(sizes[-1], module.resnets[-1].out_channels), tuple(map(unread, sizes))
+        out = unread(size)
+        if self.edge:
+            assert cached is not None
+            out = cached if self.state.layers == self.number - 1 else unread(cached.shape[-2:])
+        return (out,) if self.kind == "attention" else out
 
 
-class DownBlock(Skippable):
-    """A block of the down side none of whose outputs is needed."""
+def _skippable(state: StepCacheState, model: Any) -> Iterator[Skippable]:
+    """Every module that may be skipped."""
 
-    def instead(self, x: Tensor) -> Any:
-        """Its output and the skip connections."""
-        block: Any = self.module
-        skips = [_like(x) for _ in block.resnets]
-        size = tuple(x.shape[-2:])
-        for _ in block.downsamplers or ():
-            size = (-(-size[0] // 2), -(-size[1] // 2))
-            skips.append(_like(x, size=size))
-        return _like(x, block.resnets[-1].out_channels, size), tuple(skips)
+    def layers(block: Any) -> list[tuple[Any, Any]]:
+        none = [None] * len(block.resnets)
+        return list(zip(block.resnets, getattr(block, "attentions", none), strict=True))
 
-
-class Resnet(Skippable):
-    """A residual block."""
-
-    def instead(self, x: Tensor) -> Any:
-        """The features, if this is where they enter."""
-        return self.features(x) if self.edge else _like(x)
-
-
-class Attention(Skippable):
-    """A spatial transformer."""
-
-    def instead(self, x: Tensor) -> Any:
-        """A tuple, as with `return_dict=False`."""
-        return (self.features(x) if self.edge else x,)
-
-
-class Downsampler(Skippable):
-    """The end of a block of the down side."""
-
-    def instead(self, x: Tensor) -> Any:
-        """T2I-Adapters add to it in place, so that it has all channels."""
-        module: Any = self.module
-        return _like(x, module.out_channels, (-(-x.shape[-2] // 2), -(-x.shape[-1] // 2)))
-
-
-class UpBlock(Skippable):
-    """A block of the up side none of whose layers is computed."""
-
-    def instead(self, x: Tensor) -> Any:
-        """The features that enter the next block."""
-        return self.features(x)
+    number = 1
+    for block in model.down_blocks:
+        yield Skippable(state, "down block", block, number + 1)
+        for resnet, attention in layers(block):
+            number += 1
+            yield Skippable(state, "resnet", resnet, number)
+            if attention is not None:
+                yield Skippable(state, "attention", attention, number)
+        for downsampler in block.downsamplers or ():
+            number += 1
+            yield Skippable(state, "downsampler", downsampler, number)
+    if model.mid_block is not None:
+        yield Skippable(state, "mid block", model.mid_block, _EVERY_LAYER)
+    number = 0
+    for block in reversed(model.up_blocks):
+        yield Skippable(state, "up block", block, number + 1, edge=True)
+        for resnet, attention in reversed(layers(block)):
+            number += 1
+            yield Skippable(state, "resnet", resnet, number, edge=attention is None)
+            if attention is not None:
+                yield Skippable(state, "attention", attention, number, edge=True)
