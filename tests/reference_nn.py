@@ -118,10 +118,7 @@ def reference(
     outs = torch.zeros_like(x)
     for head in range(heads):
         part = slice(head * d, (head + 1) * d)
-        if "agents" in state:
-            tokens = list(state["agents"][head])
-        else:
-            tokens = pooled(q[prefix:, part], grid, math.isqrt(agents), keep[prefix:])
+        tokens = pooled(q[prefix:, part], grid, math.isqrt(agents), keep[prefix:])
         used = [agent for agent, token in enumerate(tokens) if token is not None]
         hidden = torch.tensor([0.0 if visible else -math.inf for visible in seen], dtype=torch.float64)
         gathered = {}
@@ -155,16 +152,13 @@ def authors_state(
     dwc: bool = True,
     prefix: int = 0,
     sr: int = 1,
-    learned: bool = False,
     separate: bool = False,
 ) -> dict[str, Tensor]:
-    """Random parameters with the names and shapes of the authors' code (and `agents`, which only we have)."""
+    """Random parameters with the names and shapes of the authors' code."""
     H, W = grid
     shapes: dict[str, tuple[int, ...]] = {"proj.weight": (dim, dim), "proj.bias": (dim,)}
     for name, parts in (("q", 1), ("kv", 2)) if separate else (("qkv", 3),):
         shapes |= {f"{name}.weight": (parts * dim, dim), f"{name}.bias": (parts * dim,)}
-    if learned:
-        shapes["agents"] = (heads, agents, dim // heads)
     if bias:
         shapes |= {
             "an_bias": (heads, agents, 7, 7),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agentsd import checks
 from agentsd.ops.attention import agent_attention
 
 Grid = tuple[int, int]
@@ -30,10 +31,10 @@ class AgentBias(nn.Module):
         self.prefix = nn.Parameter(torch.empty(num_heads, agent_num, prefix)) if prefix else None
         self.reset_parameters()
 
-    def reset_parameters(self, std: float = 0.02) -> None:
+    def reset_parameters(self) -> None:
         """The paper's initialisation: truncated normal."""
         for term in self.parameters():
-            nn.init.trunc_normal_(term, std=std)
+            nn.init.trunc_normal_(term, std=0.02)
 
     def forward(self, grid: Grid) -> Tensor:
         """The terms for the tokens of a grid, H×n×(prefix + tokens)."""
@@ -53,10 +54,9 @@ class AgentAttention(nn.Module):
     Args:
         dim: channels C.
         num_heads: attention heads H; C must be a multiple of it.
-        agent_num: agents n. Pooled agents lie on a square: n is a square number.
+        agent_num: agents n, the queries averaged over a √n×√n grid of cells: a square number.
         grid: height and width of the token grid (of the whole grid, where there are windows too). Any other grid can
             be given in the call; the bias is resized to it.
-        agents: "pool", the queries averaged over a √n×√n grid of cells, or "learned", parameters.
         agent_bias: add B1 and B2, an `AgentBias` each.
         dwc: add a depthwise 3×3 convolution of V.
         class_token: the tokens start with a class token (True), or with this number of tokens that are not on the grid.
@@ -86,7 +86,6 @@ class AgentAttention(nn.Module):
         agent_num: int,
         grid: Grid,
         *,
-        agents: str = "pool",
         agent_bias: bool = True,
         dwc: bool = True,
         class_token: bool | int = False,
@@ -98,11 +97,9 @@ class AgentAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}; it must divide dim, {dim}")
-        if agents not in ("pool", "learned"):
-            raise ValueError(f"agents is {agents!r}; it must be 'pool' or 'learned'")
-        if agent_num < 1 or (agents == "pool" and math.isqrt(agent_num) ** 2 != agent_num):
-            raise ValueError(f"agent_num is {agent_num}; pooled agents need a square number, learned ones at least 1")
+            checks.refuse("num_heads", num_heads, f"a divisor of dim, {dim}")
+        if agent_num < 1 or math.isqrt(agent_num) ** 2 != agent_num:
+            checks.refuse("agent_num", agent_num, "a square number")
         if bool(class_token) + (window is not None) + (sr_ratio > 1) > 1:
             raise ValueError(
                 f"class_token is {class_token}, window is {window} and sr_ratio is {sr_ratio}; "
@@ -119,7 +116,6 @@ class AgentAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj: nn.Module = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.agents = nn.Parameter(torch.empty(num_heads, agent_num, dim // num_heads)) if agents == "learned" else None
         seen = self.window or grid
         self.b1 = AgentBias(num_heads, agent_num, self._reduced(seen), self.prefix) if agent_bias else None
         self.b2 = AgentBias(num_heads, agent_num, seen, self.prefix) if agent_bias else None
@@ -138,8 +134,6 @@ class AgentAttention(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d | nn.LayerNorm | AgentBias):
                 module.reset_parameters()
-        if self.agents is not None:
-            nn.init.trunc_normal_(self.agents, std=0.02)
 
     def forward(self, x: Tensor, grid: Grid | None = None, mask: Tensor | None = None) -> Tensor:
         """Attention among the tokens.
@@ -215,14 +209,9 @@ class AgentAttention(nn.Module):
 
     def _attend(self, x: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
         q, k, v = self._project(x, grid)
-        alive = None
-        if self.agents is None:
-            pooled, alive = self._pool(q, grid, keep)
-            # Fused kernels want the channels side by side.
-            A = self._heads(pooled.contiguous())
-        else:
-            A = self.agents.to(q.dtype).expand(len(x), -1, -1, -1)
-        Q, K, V = self._heads(q), self._heads(k), self._heads(v)
+        pooled, alive = self._pool(q, grid, keep)
+        # Fused kernels want the channels side by side.
+        A, Q, K, V = map(self._heads, (pooled.contiguous(), q, k, v))
         B1 = _hide(None if self.b1 is None else self.b1(self._reduced(grid)), keep, q)
         B2 = _hide(None if self.b2 is None else self.b2(grid).mT.contiguous(), alive, q)
         attend = partial(F.scaled_dot_product_attention, dropout_p=self.attn_drop if self.training else 0.0)
@@ -240,7 +229,6 @@ class AgentAttention(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
-        """The options that the submodules do not show."""
         options = f"agent_num={self.agent_num}, num_heads={self.num_heads}, grid={self.grid}"
         return f"{options}, window={self.window}, class_token={self.prefix}, sr_ratio={self.sr_ratio}"
 

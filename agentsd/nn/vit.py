@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,6 @@ class ViTAgentAttention(AgentAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """B×N×C → B×N×C."""
         _no_pairs(attn_mask, is_causal)
         return super().forward(x)
 
@@ -28,7 +28,6 @@ class PyramidAgentAttention(AgentAttention):
     """Called as PVT calls its attention: with the grid, as one argument or two."""
 
     def forward(self, x: Tensor, *grid: Any) -> Tensor:  # type: ignore[override]
-        """B×N×C → B×N×C."""
         H, W = grid if len(grid) == 2 else grid[0]
         return super().forward(x, (H, W))
 
@@ -40,7 +39,6 @@ class WindowAgentAttention(AgentAttention):
     """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """(B·windows)×N×C → the same."""
         return super().forward(x)
 
     def set_window_size(self, window_size: Grid) -> None:
@@ -54,7 +52,6 @@ class TransformersAgentAttention(AgentAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> tuple[Tensor, None]:
-        """B×N×C → B×N×C and None."""
         _no_pairs(attention_mask)
         return super().forward(hidden_states), None
 
@@ -69,7 +66,6 @@ def convert_vit(
     agent_num: int | Sequence[int] = 49,
     layers: Iterable[int] | None = None,
     *,
-    agents: str = "pool",
     agent_bias: bool = True,
     dwc: bool = True,
     zero_init: bool = True,
@@ -85,7 +81,7 @@ def convert_vit(
         agent_num: agents of every converted layer, or one number for each.
         layers: which self-attention layers to convert, counted from 0 in the order of the modules; None is all. The
             paper converts the first stages of PVT and Swin.
-        agents, agent_bias, dwc: as in `AgentAttention`.
+        agent_bias, dwc: as in `AgentAttention`.
         zero_init: bias and convolution start at zero, which leaves a trained model least disturbed; False is the
             paper's initialisation, for training from scratch.
         image_size: height and width (or the side) of the images, for pyramids; None asks the model.
@@ -105,20 +101,18 @@ def convert_vit(
     every = attention_layers(model)
     if not every:
         raise ValueError(f"{type(model).__name__} has no attention layer")
-    chosen = list(range(len(every)) if layers is None else layers)
+    chosen = list(dict.fromkeys(range(len(every)) if layers is None else layers))
     if outside := [index for index in chosen if not 0 <= index < len(every)]:
         raise ValueError(f"layers has {outside[0]}; {type(model).__name__} has layers 0 to {len(every) - 1}")
     numbers = [agent_num] * len(chosen) if isinstance(agent_num, int) else list(agent_num)
     if len(numbers) != len(chosen):
         raise ValueError(f"agent_num has {len(numbers)} numbers; there are {len(chosen)} layers to convert")
     names = [every[index] for index in chosen]
-    options = {name: understand(name, model.get_submodule(name)) for name in names}
-    grids = {}
-    if any(kind is PyramidAgentAttention for kind, _ in options.values()):
-        grids = _pyramid_grids(model, names, image_size)
+    understood = {name: understand(name, model.get_submodule(name)) for name in names}
+    pyramid = any(kind is PyramidAgentAttention for kind, _ in understood.values())
+    grids = _pyramid_grids(model, names, image_size) if pyramid else {}
     converted = {}
-    for name, number in zip(names, numbers, strict=True):
-        kind, option = options[name]
+    for number, (name, (kind, option)) in zip(numbers, understood.items(), strict=True):
         old: Any = model.get_submodule(name)
         if kind is WindowAgentAttention:
             option["grid"] = _side(old.window_size)
@@ -126,7 +120,7 @@ def convert_vit(
             option["grid"] = grids[name]
         else:
             option["grid"], option["class_token"] = _tokens(model)
-        new = kind(agent_num=number, agents=agents, agent_bias=agent_bias, dwc=dwc, **option)
+        new = kind(agent_num=number, agent_bias=agent_bias, dwc=dwc, **option)
         converted[name] = _with_weights(new, old, zero_init)
     for name, new in converted.items():
         model.set_submodule(name, new)
@@ -239,14 +233,11 @@ def _pyramid_grids(model: Any, names: Sequence[str], image_size: int | Grid | No
     probe = copy.deepcopy(model).eval()
     grids: dict[str, Grid] = {}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            grids[name] = _side(args[1] if len(args) == 2 else args[1:])
-
-        return hook
+    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        grids[name] = _side(args[1] if len(args) == 2 else args[1:])
 
     for name in names:
-        probe.get_submodule(name).register_forward_pre_hook(note(name))
+        probe.get_submodule(name).register_forward_pre_hook(partial(note, name))
     first = next(module for module in probe.modules() if isinstance(module, nn.Conv2d))
     probe(torch.zeros(1, first.in_channels, H, W).to(first.weight))
     return grids

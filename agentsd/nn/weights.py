@@ -25,28 +25,21 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state_dict: of one attention module, or of a whole model: what belongs to no agent attention is not changed.
-
-    Returns:
-        A new state dict.
     """
     converted = {}
     for name, value in state_dict.items():
-        module, _, leaf = name.rpartition(".")
-        prefix = f"{module}." if module else ""
+        part, leaf = ["", *name.split(".")][-2:]
+        module, owner = name.removesuffix(leaf), name.removesuffix(f"{part}.{leaf}")
         if leaf in KEYS:
-            heads, n = state_dict[prefix + "an_bias"].shape[:2]
-            if leaf in ("ha_bias", "wa_bias", "ca_bias"):
-                value = value.reshape(heads, -1, n).transpose(1, 2)
-            elif leaf in ("ah_bias", "aw_bias", "ac_bias"):
+            heads, n = state_dict[f"{module}an_bias"].shape[:2]
+            if leaf in ("ah_bias", "aw_bias", "ac_bias"):
                 value = value.reshape(heads, n, -1)
-            converted[prefix + KEYS[leaf]] = value.contiguous()
-            continue
-        owner, _, part = module.rpartition(".")
-        prefix = f"{owner}." if owner else ""
-        if part in ("q", "kv") and prefix + "an_bias" in state_dict:
+            elif leaf in ("ha_bias", "wa_bias", "ca_bias"):
+                value = value.reshape(heads, -1, n).mT
+            converted[module + KEYS[leaf]] = value.contiguous()
+        elif part in ("q", "kv") and f"{owner}an_bias" in state_dict:
             if part == "q":
-                both = [value, state_dict[f"{prefix}kv.{leaf}"]]
-                converted[f"{prefix}qkv.{leaf}"] = torch.cat(both)
+                converted[f"{owner}qkv.{leaf}"] = torch.cat([value, state_dict[f"{owner}kv.{leaf}"]])
         else:
             converted[name] = value
     return converted

@@ -22,7 +22,6 @@ def random_tokens(*shape: int, seed: int = 1) -> Tensor:
 def loaded(state: dict[str, Tensor], *args: Any, **options: Any) -> AgentAttention:
     module = AgentAttention(
         *args,
-        agents="learned" if "agents" in state else "pool",
         agent_bias="an_bias" in state,
         dwc="dwc.weight" in state,
         **options,
@@ -36,17 +35,15 @@ flags = st.booleans()
 
 
 @settings(max_examples=30, deadline=None)
-@given(grid=grids, made_for=grids, heads=st.integers(1, 3), prefix=st.integers(0, 2), flags=st.tuples(*[flags] * 3))
+@given(grid=grids, made_for=grids, heads=st.integers(1, 3), prefix=st.integers(0, 2), bias=flags, dwc=flags)
 def test_module_is_what_the_paper_defines(
-    grid: Grid, made_for: Grid, heads: int, prefix: int, flags: tuple[bool, bool, bool]
+    grid: Grid, made_for: Grid, heads: int, prefix: int, bias: bool, dwc: bool
 ) -> None:
     """On the grid that the parameters were made for and on any other."""
-    bias, dwc, learned = flags
-    agents = 3 if learned else 4
-    state = authors_state(6, heads, agents, made_for, bias=bias, dwc=dwc, prefix=prefix, learned=learned)
-    module = loaded(state, 6, heads, agents, made_for, class_token=prefix)
+    state = authors_state(6, heads, 4, made_for, bias=bias, dwc=dwc, prefix=prefix)
+    module = loaded(state, 6, heads, 4, made_for, class_token=prefix)
     x = random_tokens(2, prefix + grid[0] * grid[1], 6)
-    expected = torch.stack([reference(state, picture, grid, heads, agents, prefix) for picture in x])
+    expected = torch.stack([reference(state, picture, grid, heads, 4, prefix) for picture in x])
     torch.testing.assert_close(module(x, grid), expected)
 
 
@@ -85,9 +82,9 @@ def test_windows_attend_each_to_itself(grid: Grid, window: Grid, bias: bool) -> 
 
 
 @settings(max_examples=20, deadline=None)
-@given(grid=grids, prefix=st.integers(0, 1), bias=flags, learned=flags, seed=st.integers(0, 99))
-def test_mask_is_what_it_says(grid: Grid, prefix: int, bias: bool, learned: bool, seed: int) -> None:
-    state = authors_state(4, 2, 4, grid, bias=bias, prefix=prefix, learned=learned)
+@given(grid=grids, prefix=st.integers(0, 1), bias=flags, seed=st.integers(0, 99))
+def test_mask_is_what_it_says(grid: Grid, prefix: int, bias: bool, seed: int) -> None:
+    state = authors_state(4, 2, 4, grid, bias=bias, prefix=prefix)
     module = loaded(state, 4, 2, 4, grid, class_token=prefix)
     x = random_tokens(1, prefix + grid[0] * grid[1], 4)
     mask = random_tokens(1, x.shape[1], seed=seed) > 0
@@ -99,18 +96,13 @@ def test_mask_is_what_it_says(grid: Grid, prefix: int, bias: bool, learned: bool
 
 
 @settings(max_examples=20, deadline=None)
-@given(grid=grids, heads=st.integers(1, 3), learned=flags)
-def test_without_bias_and_convolution_it_is_agent_attention(grid: Grid, heads: int, learned: bool) -> None:
-    module = AgentAttention(
-        12, heads, 4, grid, agents="learned" if learned else "pool", agent_bias=False, dwc=False
-    ).double()
+@given(grid=grids, heads=st.integers(1, 3))
+def test_without_bias_and_convolution_it_is_agent_attention(grid: Grid, heads: int) -> None:
+    module = AgentAttention(12, heads, 4, grid, agent_bias=False, dwc=False).double()
     x = random_tokens(2, grid[0] * grid[1], 12)
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in module.qkv(x).chunk(3, dim=2))
-    if module.agents is None:
-        image = q.transpose(2, 3).reshape(2, 12, *grid)
-        agents = torch.nn.functional.adaptive_avg_pool2d(image, 2).view(2, heads, -1, 4).transpose(2, 3)
-    else:
-        agents = module.agents.expand(2, -1, -1, -1)
+    image = q.transpose(2, 3).reshape(2, 12, *grid)
+    agents = torch.nn.functional.adaptive_avg_pool2d(image, 2).view(2, heads, -1, 4).transpose(2, 3)
     out = agent_attention(q, k, v, agents)
     torch.testing.assert_close(module(x), module.proj(out.transpose(1, 2).flatten(2)))
 
@@ -142,7 +134,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("options", [{"window": (2, 3)}, {"sr_ratio": 2}, {"agents": "learned"}])
+@pytest.mark.parametrize("options", [{"window": (2, 3)}, {"sr_ratio": 2}])
 def test_gradients_of_every_kind(options: dict[str, Any]) -> None:
     module = AgentAttention(4, 2, 4, (4, 4), **options).double()
     x = random_tokens(1, 16, 4).requires_grad_()
@@ -153,9 +145,9 @@ def test_gradients_of_every_kind(options: dict[str, Any]) -> None:
 
 
 def test_initialisation_is_the_papers() -> None:
-    module = AgentAttention(64, 4, 49, (14, 14), agents="learned", class_token=True)
+    module = AgentAttention(64, 4, 49, (14, 14), class_token=True)
     for name, parameter in module.named_parameters():
-        if name.endswith(("map", "rows", "columns", "prefix", "agents", "qkv.weight", "proj.weight")):
+        if name.endswith(("map", "rows", "columns", "prefix", "qkv.weight", "proj.weight")):
             assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
             assert parameter.mean().abs().item() < 0.005, name
         elif not name.startswith("dwc"):
@@ -240,10 +232,9 @@ def test_work_and_memory_grow_linearly() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 3}, "num_heads is 3; it must divide dim, 8"),
-        ({"agents": "mean"}, "agents is 'mean'; it must be 'pool' or 'learned'"),
-        ({"agent_num": 5}, "agent_num is 5; pooled agents need a square number"),
-        ({"agent_num": 0, "agents": "learned"}, "agent_num is 0; pooled agents need a square number, learned ones"),
+        ({"num_heads": 3}, "num_heads is 3; it must be a divisor of dim, 8"),
+        ({"agent_num": 5}, "agent_num is 5; it must be a square number"),
+        ({"agent_num": 0}, "agent_num is 0; it must be a square number"),
         ({"window": 2, "class_token": True}, "class_token is True, window is 2 and sr_ratio is 1; only one"),
     ],
 )

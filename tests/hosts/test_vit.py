@@ -207,7 +207,7 @@ def test_conversion_keeps_dtype_and_device() -> None:
     [
         (timm_vit, {"layers": [2]}, "layers has 2; VisionTransformer has layers 0 to 1"),
         (timm_vit, {"agent_num": [4]}, "agent_num has 1 numbers; there are 2 layers to convert"),
-        (timm_vit, {"agent_num": 5}, "agent_num is 5; pooled agents need a square number"),
+        (timm_vit, {"agent_num": 5}, "agent_num is 5; it must be a square number"),
         (timm_pvt, {}, "image_size is None and PyramidVisionTransformerV2 does not know its own"),
         (lambda: timm_pvt(linear=True), {}, r"stages.0.blocks.0.attn is a Attention with kv, norm, proj, q, sr"),
         (lambda: timm_vit(qk_norm=True), {"layers": [1]}, "blocks.1.attn is a Attention with k_norm, proj, q_norm"),
