@@ -6,14 +6,14 @@ modules themselves, for AUTOMATIC1111, and `remove` takes them off.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from agentsd.config import AgentSDConfig, Merge
 from agentsd.layer import BlockState, accelerated_attention
@@ -21,6 +21,8 @@ from agentsd.ops import kernels
 from agentsd.ops.attention import Attend
 from agentsd.planning import LayerPlan, Planner, level_grid
 from agentsd.schedule import Clock
+
+Map = Callable[[Tensor], Tensor]
 
 # Projected queries, keys and values, B×N×(heads·d), the number of heads and the host's extra options → B×N×(heads·d).
 HostAttention = Callable[[Tensor, Tensor, Tensor, int, dict[str, Any]], Tensor]
@@ -81,32 +83,25 @@ def _planner(config: AgentSDConfig, layers: Iterable[SelfAttentionLayer]) -> Pla
     return Planner(config, (layer.level for layer in layers))
 
 
-@dataclass
 class Layer:
     """A self-attention layer as `accelerated_attention` takes it.
 
-    Attributes:
-        to_q, to_k, to_v: tokens → B×N×(heads·d).
+    Args:
+        heads: their number.
+        attend: the fused attention.
+        projections: to the queries, the keys and the values, each tokens → B×N×(heads·d).
         to_out: B×N×(heads·d) → the layer's output.
         forward: the host's attention among tokens; None: the projections and `attend`.
     """
 
-    heads: int
-    attend: Attend
-    to_q: Callable[[Tensor], Tensor]
-    to_k: Callable[[Tensor], Tensor]
-    to_v: Callable[[Tensor], Tensor]
-    to_out: Callable[[Tensor], Tensor]
-    forward: Callable[[Tensor], Tensor] | None = None
+    def __init__(
+        self, heads: int, attend: Attend, projections: Sequence[Map], to_out: Map, forward: Map | None = None
+    ) -> None:
+        def with_heads(project: Map, tokens: Tensor) -> Tensor:
+            return project(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def query(self, tokens: Tensor) -> Tensor:
-        return self._heads(self.to_q(tokens))
-
-    def key(self, tokens: Tensor) -> Tensor:
-        return self._heads(self.to_k(tokens))
-
-    def value(self, tokens: Tensor) -> Tensor:
-        return self._heads(self.to_v(tokens))
+        self.query, self.key, self.value = (partial(with_heads, project) for project in projections)
+        self.attend, self.to_out, self.forward = attend, to_out, forward
 
     def out(self, heads: Tensor) -> Tensor:
         return self.to_out(heads.transpose(1, 2).flatten(2))
@@ -115,13 +110,6 @@ class Layer:
         if self.forward and bias is None:
             return self.forward(tokens)
         return self.out(self.attend(self.query(tokens), self.key(tokens), self.value(tokens), attn_mask=bias))
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def _third(number: int) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: tokens.chunk(3, -1)[number]
 
 
 def attend_with(function: HostAttention, extra: dict[str, Any]) -> Attend:
@@ -180,6 +168,7 @@ def attach(model: Any, config: AgentSDConfig, sampling: Callable[[Any], Any], fu
     planner = _planner(config, layers)
     clone = model.clone()
     host, clock = clone.model, Sigmas()
+    thirds = [lambda side_by_side, part=part: side_by_side.chunk(3, -1)[part] for part in range(3)]
 
     # Functions, not methods: Forge copies a clone's options deeply, and functions are not copied.
     def remember(n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +189,7 @@ def attach(model: Any, config: AgentSDConfig, sampling: Callable[[Any], Any], fu
                 return function(q, k, v, heads, extra)
             # Projections are linear: the mean of some tokens' queries is the query of their mean, so that queries, keys
             # and values side by side are merged instead of the tokens.
-            parts = _third(0), _third(1), _third(2)
-            layer = Layer(heads, attend_with(function, extra), *parts, to_out=lambda tokens: tokens)
+            layer = Layer(heads, attend_with(function, extra), thirds, to_out=lambda tokens: tokens)
             return accelerated_attention(torch.cat((q, k, v), -1), plan, BlockState({}, level, x), layer)
 
         setattr(replace, _KEY, True)
@@ -237,14 +225,14 @@ class ModulePatch:
         self.disabled = disabled
         self.clock = Clock()
         self.plans: dict[int, LayerPlan] = {}
-        self.wrapped: list[tuple[Any, Any]] = []
-        self.handles: list[RemovableHandle] = [
-            unet.register_forward_pre_hook(partial(ModulePatch.before_call, self), with_kwargs=True)
-        ]
+        self.undo = ExitStack()
+        before_call = partial(ModulePatch.before_call, self)
+        self.undo.enter_context(unet.register_forward_pre_hook(before_call, with_kwargs=True))
         for layer in layers:
             if layer.level in self.planner.covered:
                 state = BlockState(self.plans, layer.level)
-                self.handles += state.hook(layer.block, self.planner.parts(layer.level))
+                for handle in state.hook(layer.block, self.planner.parts(layer.level)):
+                    self.undo.enter_context(handle)
                 self.wrap(layer.block.attn1, state)
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -267,8 +255,8 @@ class ModulePatch:
             out: Tensor = (before or partial(type(module).forward, module))(*args, **kwargs)
             return out
 
-        projections = module.to_q, module.to_k, module.to_v, module.to_out
-        layer = Layer(module.heads, kernels.choose(), *projections, forward=stock)
+        projections = module.to_q, module.to_k, module.to_v
+        layer = Layer(module.heads, kernels.choose(), projections, module.to_out, forward=stock)
 
         def forward(x: Tensor, context: Any = None, mask: Any = None, **others: Any) -> Tensor:
             plan = state.plan(x)
@@ -279,17 +267,15 @@ class ModulePatch:
             return accelerated_attention(x, plan, state, layer)
 
         module.forward = forward
-        self.wrapped.append((module, before))
+        if before is None:
+            self.undo.callback(delattr, module, "forward")
+        else:
+            self.undo.callback(setattr, module, "forward", before)
 
     def remove(self) -> None:
         """Give every module its method back and take the hooks off."""
         self.plans.clear()
-        for handle in self.handles:
-            handle.remove()
-        for module, before in self.wrapped:
-            del module.forward
-            if before is not None:
-                module.forward = before
+        self.undo.close()
 
 
 def apply(

@@ -1,6 +1,6 @@
 """The node AgentSD: its inputs, what it does, and the node as older versions of ComfyUI take it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -11,132 +11,63 @@ from agentsd.hosts.ldm import attach, from_preset, presets
 CUSTOM, STOCK = "custom", "stock"
 
 
-@dataclass(frozen=True)
-class Input:
-    """An input of the node: `kind` is ComfyUI's name of its type, `limits` its default, range and step or choices."""
+TECHNIQUES = [*ATTENTIONS, STOCK]
+LIMITS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model": ("MODEL", {}),
+    "enabled": ("BOOLEAN", {"default": True}),
+    "preset": ([*presets(), CUSTOM], {"default": "paper"}),
+    "ratio": ("FLOAT", {"default": 0.4, "min": 0.0, "max": 0.75, "step": 0.05}),
+    "seed": ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFF}),
+    "first_attention": (TECHNIQUES, {"default": "agent"}),
+    "first_stride": ("INT", {"default": 4, "min": 2, "max": 16}),
+    "first_until": ("FLOAT", {"default": 0.4, "min": 0.0, "max": 1.0, "step": 0.05}),
+    "second_attention": (TECHNIQUES, {"default": "merge"}),
+    "second_stride": ("INT", {"default": 2, "min": 2, "max": 16}),
+    "levels": ("INT", {"default": 1, "min": 1, "max": 3}),
+    "k_scale2": ("FLOAT", {"default": 0.3, "min": 0.0, "max": 2.0, "step": 0.05}),
+    "k_shortcut": ("FLOAT", {"default": 0.075, "min": 0.0, "max": 1.0, "step": 0.005}),
+}
+TOOLTIPS = {
+    "model": "A Stable Diffusion 1.x, 2.x or XL model.",
+    "enabled": "Off: the model passes through unchanged. Switch it to compare with the same seed.",
+    "preset": "paper: AgentSD as published, changes the image most. faithful: stays closest to the stock image. fast: "
+    "fewest agents. hires: for 1024×1024 and more. custom: takes the inputs below, which have no effect in the other "
+    "presets.",
+    "ratio": "Share of the tokens that are merged away by agent and merge. More is faster and loses detail. No effect "
+    "in faithful, fast and hires, which merge no queries.",
+    "seed": "Decides which token of each cell is the destination of the others. Not the seed of the noise.",
+    "first_attention": "Custom, first part of the denoising. agent: a few agents aggregate all tokens and broadcast to "
+    "all. merge: similar tokens are averaged (ToMe). kv: every token attends to weighted groups. stock: unmodified.",
+    "first_stride": "Custom: side of the cells, in tokens, each with one destination. 4 makes 256 groups or agents of "
+    "4,096 tokens, 2 makes 1,024.",
+    "first_until": "Custom: where the first part ends, as a share of the noise schedule: 0 is pure noise, 1 the image. "
+    "1 leaves no second part.",
+    "second_attention": "Custom: as first_attention, for the second part of the denoising, where detail is made.",
+    "second_stride": "Custom: as first_stride, for the second part.",
+    "levels": "Custom: how many resolutions are covered, from the finest that has self-attention. The finest costs "
+    "most; the coarser ones bring little below 1024×1024 pixels.",
+    "k_scale2": "Custom, agent: how evenly the agents are broadcast to a token. Small: few of them, sharply; 1: as in "
+    "stock attention.",
+    "k_shortcut": "Custom, agent: how much of its own value is added to each token; brings back some detail.",
+}
+# Name → its type or its choices, and the rest by name: as older versions of ComfyUI take the inputs.
+INPUTS = {name: (kind, {**limits, "tooltip": TOOLTIPS[name]}) for name, (kind, limits) in LIMITS.items()}
 
-    name: str
-    kind: str
-    tooltip: str
-    limits: dict[str, Any] = field(default_factory=dict)
-
-
-INPUTS = (
-    Input(
-        "enabled",
-        "BOOLEAN",
-        "Off: the model passes through unchanged. Switch it to compare with the same seed.",
-        {"default": True},
-    ),
-    Input(
-        "preset",
-        "COMBO",
-        "paper: AgentSD as published, changes the image most. faithful: stays closest to the stock image. "
-        "fast: fewest agents. hires: for 1024×1024 and more. custom: takes the inputs below, which have no effect in "
-        "the other presets.",
-        {"options": (*presets(), CUSTOM), "default": "paper"},
-    ),
-    Input(
-        "ratio",
-        "FLOAT",
-        "Share of the tokens that are merged away by agent and merge. More is faster and loses detail. "
-        "No effect in faithful, fast and hires, which merge no queries.",
-        {"default": 0.4, "min": 0.0, "max": 0.75, "step": 0.05},
-    ),
-    Input(
-        "seed",
-        "INT",
-        "Decides which token of each cell is the destination of the others. Not the seed of the noise.",
-        {"default": 0, "min": 0, "max": 0xFFFFFFFF},
-    ),
-    Input(
-        "first_attention",
-        "COMBO",
-        "Custom, first part of the denoising. agent: a few agents aggregate all tokens and broadcast to all. "
-        "merge: similar tokens are averaged (ToMe). kv: every token attends to weighted groups. stock: unmodified.",
-        {"options": (*ATTENTIONS, STOCK), "default": "agent"},
-    ),
-    Input(
-        "first_stride",
-        "INT",
-        "Custom: side of the cells, in tokens, each with one destination. "
-        "4 makes 256 groups or agents of 4,096 tokens, 2 makes 1,024.",
-        {"default": 4, "min": 2, "max": 16},
-    ),
-    Input(
-        "first_until",
-        "FLOAT",
-        "Custom: where the first part ends, as a share of the noise schedule: 0 is pure noise, 1 the image. "
-        "1 leaves no second part.",
-        {"default": 0.4, "min": 0.0, "max": 1.0, "step": 0.05},
-    ),
-    Input(
-        "second_attention",
-        "COMBO",
-        "Custom: as first_attention, for the second part of the denoising, where detail is made.",
-        {"options": (*ATTENTIONS, STOCK), "default": "merge"},
-    ),
-    Input(
-        "second_stride",
-        "INT",
-        "Custom: as first_stride, for the second part.",
-        {"default": 2, "min": 2, "max": 16},
-    ),
-    Input(
-        "levels",
-        "INT",
-        "Custom: how many resolutions are covered, from the finest that has self-attention. "
-        "The finest costs most; the coarser ones bring little below 1024×1024 pixels.",
-        {"default": 1, "min": 1, "max": 3},
-    ),
-    Input(
-        "k_scale2",
-        "FLOAT",
-        "Custom, agent: how evenly the agents are broadcast to a token. Small: few of them, sharply; "
-        "1: as in stock attention.",
-        {"default": 0.3, "min": 0.0, "max": 2.0, "step": 0.05},
-    ),
-    Input(
-        "k_shortcut",
-        "FLOAT",
-        "Custom, agent: how much of its own value is added to each token; brings back some detail.",
-        {"default": 0.075, "min": 0.0, "max": 1.0, "step": 0.005},
-    ),
-)
-
-MODEL_TOOLTIP = "A Stable Diffusion 1.x, 2.x or XL model."
 DESCRIPTION = "Makes the self-attention of Stable Diffusion's UNet cheaper, without training (AgentSD)."
 CATEGORY = "model_patches/unet"
 
 
-def configuration(
-    preset: str,
-    ratio: float,
-    seed: int,
-    first_attention: str,
-    first_stride: int,
-    first_until: float,
-    second_attention: str,
-    second_stride: int,
-    levels: int,
-    k_scale2: float,
-    k_shortcut: float,
-) -> AgentSDConfig:
+def configuration(preset: str, ratio: float, seed: int, **custom: Any) -> AgentSDConfig:
     """The configuration that the inputs say."""
     if preset != CUSTOM:
         return from_preset(preset, ratio).replace(seed=seed)
-
-    def phase(until: float, attention: str, stride: int) -> Phase:
-        kind = ATTENTIONS.get(attention)
-        given: dict[str, Any] = {"ratio": ratio, "stride": stride, "k_scale2": k_scale2, "k_shortcut": k_shortcut}
-        technique = (
-            kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given}) if kind else None
-        )
-        return Phase(until, technique, levels=tuple(range(0, -levels, -1)))
-
-    phases = [phase(first_until, first_attention, first_stride)] if first_until > 0 else []
-    if first_until < 1:
-        phases.append(phase(1.0, second_attention, second_stride))
+    phases: list[Phase] = []
+    for part, until in (("first", custom["first_until"]), ("second", 1.0)):
+        if until > (phases[-1].until if phases else 0):
+            given = {"ratio": ratio, "stride": custom[f"{part}_stride"], **custom}
+            kind = ATTENTIONS.get(custom[f"{part}_attention"])
+            technique = kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) if kind else None
+            phases.append(Phase(until, technique, levels=tuple(range(0, -custom["levels"], -1))))
     return AgentSDConfig(tuple(phases), seed=seed)
 
 
@@ -167,14 +98,8 @@ class AgentSD:
     FUNCTION = "patch"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, dict[str, tuple[Any, dict[str, Any]]]]:  # noqa: N802
-        """The inputs in the form that ComfyUI reads."""
-        required: dict[str, tuple[Any, dict[str, Any]]] = {"model": ("MODEL", {"tooltip": MODEL_TOOLTIP})}
-        for item in INPUTS:
-            limits = {"tooltip": item.tooltip, **item.limits}
-            choices = limits.pop("options", None)
-            required[item.name] = (list(choices) if choices else item.kind, limits)
-        return {"required": required}
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {"required": INPUTS}
 
     def patch(self, model: Any, **inputs: Any) -> tuple[Any]:
         return (accelerate(model, **inputs),)

@@ -4,13 +4,15 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import CATEGORY, DESCRIPTION, INPUTS, MODEL_TOOLTIP, Input, accelerate
+from .nodes import CATEGORY, DESCRIPTION, INPUTS, accelerate
+
+TYPES = {"MODEL": io.Model, "BOOLEAN": io.Boolean, "FLOAT": io.Float, "INT": io.Int}
 
 
-def _input(item: Input) -> Any:
-    kind = {"BOOLEAN": io.Boolean, "COMBO": io.Combo, "FLOAT": io.Float, "INT": io.Int}[item.kind]
-    limits = {name: list(value) if name == "options" else value for name, value in item.limits.items()}
-    return kind.Input(item.name, tooltip=item.tooltip, **limits)
+def _input(name: str, kind: Any, limits: dict[str, Any]) -> Any:
+    if isinstance(kind, list):
+        return io.Combo.Input(name, options=kind, **limits)
+    return TYPES[kind].Input(name, **limits)
 
 
 class AgentSD(io.ComfyNode):
@@ -21,7 +23,7 @@ class AgentSD(io.ComfyNode):
             display_name="AgentSD",
             category=CATEGORY,
             description=DESCRIPTION,
-            inputs=[io.Model.Input("model", tooltip=MODEL_TOOLTIP), *map(_input, INPUTS)],
+            inputs=[_input(name, *rest) for name, rest in INPUTS.items()],
             outputs=[io.Model.Output()],
         )
 
