@@ -17,6 +17,7 @@ from agentsd.hosts.diffusers_unet import (
     patch_of,
 )
 from agentsd.planning import LayerPlan, layer_plan, level_grid
+from agentsd.results import text_table
 from agentsd.schedule import in_force
 
 
@@ -85,14 +86,10 @@ class Report:
     def __str__(self) -> str:
         if self.config is None:
             return f"not applied; {len(self.layers)} spatial self-attention layers"
-        table = self.table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        lines.append(f"saved of all self-attention products over the schedule: {self.saved():.0%}")
-        lines += self.techniques
-        lines += [f"self-attention of {name} is unmodified" for name in self.others]
-        return "\n".join(lines)
+        header, *rows = self.table()
+        saved = f"saved of all self-attention products over the schedule: {self.saved():.0%}"
+        others = (f"self-attention of {name} is unmodified" for name in self.others)
+        return "\n".join([text_table(header, rows), saved, *self.techniques, *others])
 
 
 def _words(plan: LayerPlan) -> str:

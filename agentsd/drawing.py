@@ -24,8 +24,7 @@ class Drawn:
 
     Attributes:
         images: as PIL images; empty for other outputs.
-        arrays: as B×H×W×3 from 0 to 1 (`np`), or latents B×C×h×w (`latent`).
-        seconds: of the whole call.
+        arrays: B×H×W×3 from 0 to 1 (`np`), or latents B×C×h×w (`latent`).
         flagged: whether the model's safety checker has blackened an image.
     """
 
@@ -35,10 +34,10 @@ class Drawn:
     flagged: bool = False
 
 
-def now() -> float:
-    """The time in seconds, when CUDA devices have done what they were told."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def now(device: torch.device | str = "cuda") -> float:
+    """The time in seconds, when a CUDA device has done what it was told."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -51,11 +50,11 @@ def draw(
     label: str | None = None,
     **call: Any,
 ) -> Drawn:
-    """Call a pipeline once.
+    """Call a pipeline, or what `methods.prepared` makes of one, once.
 
     Args:
-        pipe: a pipeline, or what `methods.prepared` makes of one.
-        prompts: one for each image.
+        pipe: what is called.
+        prompts: one for each image, as the seeds.
         seeds: one for each image.
         output: `pil`, `np` or `latent`.
         label: of the progress bar; None shows none.

@@ -135,14 +135,15 @@ def missing(wanted: Sequence[Method]) -> dict[str, str]:
     return {m.text: packages[m.name] for m in wanted if m.name in packages and version(packages[m.name]) is None}
 
 
+def sharing_weights(unet: nn.Module) -> nn.Module:
+    """A copy of a UNet with modules and hooks of its own."""
+    return copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+
+
 def own_copy(pipe: Any) -> Any:
     """A pipeline with a UNet and a scheduler of its own, which shares the weights."""
-    shared = (*pipe.unet.parameters(), *pipe.unet.buffers())
     own = copy.copy(pipe)
-    own.register_modules(
-        unet=copy.deepcopy(pipe.unet, {id(tensor): tensor for tensor in shared}),
-        scheduler=copy.deepcopy(pipe.scheduler),
-    )
+    own.register_modules(unet=sharing_weights(pipe.unet), scheduler=copy.deepcopy(pipe.scheduler))
     return own
 
 
@@ -153,27 +154,33 @@ def prepared(pipe: Any, wanted: Method) -> Callable[..., Any]:
     one has left behind. What it draws depends on its arguments alone.
     """
     own = own_copy(pipe)
-    options = wanted.options
     if config := wanted.config:
         return apply(own, config)
-    if wanted.name == "floor":
-        leave_out_attention(own.unet, options)
-    elif wanted.name == "xformers":
-        own.unet.enable_xformers_memory_efficient_attention()
-    elif wanted.name == "tomesd":
-        return partial(_tomesd, own, options)
-    elif wanted.name == "deepcache":
-        from DeepCache import DeepCacheSDHelper
-
-        helper = DeepCacheSDHelper(own)
-        helper.set_params(**options)
-        helper.enable()
-    elif wanted.name == "tgate":
+    if wanted.name == "tomesd":
+        return partial(_tomesd, own, wanted.options)
+    if wanted.name == "tgate":
         import tgate
 
         load = tgate.TgateSDXLLoader if "XL" in type(own).__name__ else tgate.TgateSDLoader
-        return partial(load(own).tgate, **options)
+        return partial(load(own).tgate, **wanted.options)
+    put(own, wanted)
     return own
+
+
+def put(pipe: Any, wanted: Method) -> None:
+    """Put a floor, xformers, tomesd or DeepCache on the UNet of a pipeline; of stock there is nothing to put."""
+    if wanted.name == "floor":
+        leave_out_attention(pipe.unet, wanted.options)
+    elif wanted.name == "xformers":
+        pipe.unet.enable_xformers_memory_efficient_attention()
+    elif wanted.name == "tomesd":
+        put_tomesd(pipe.unet, wanted.options)
+    elif wanted.name == "deepcache":
+        from DeepCache import DeepCacheSDHelper
+
+        helper = DeepCacheSDHelper(pipe)
+        helper.set_params(**wanted.options)
+        helper.enable()
 
 
 class _Identity:

@@ -109,6 +109,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    """A table for a terminal; with numbers, all columns but the first are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    pads = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
+    rule = ["─" * width for width in widths]
+    lines = [[pad(cell, n) for pad, cell, n in zip(pads, line, widths, strict=True)] for line in (header, rule, *rows)]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """An environment in a few words."""
+    about = "{device}, {threads} threads, torch {torch}, diffusers {diffusers}"
+    return about.format_map(environment)
+
+
 def filled(document: Path, mark: str, text: str | Callable[[list[str]], str]) -> str:
     """A document with another text between the lines `<!-- mark WORD … -->` and `<!-- /mark -->`.
 

@@ -14,7 +14,7 @@ from agentsd.api import apply
 from agentsd.bench.architectures import Setting, caller
 from agentsd.cache.steps import StepCacheState
 from agentsd.hosts.diffusers_unet import AgentSDProcessor, Patch, find_layers, patch_of
-from agentsd.methods import PEERS, Method, floor_levels, leave_out_attention, method, missing
+from agentsd.methods import PEERS, Method, floor_levels, method, missing, put
 from agentsd.ops.attention import sdpa
 from agentsd.planning import Planner
 from agentsd.schedule import in_force, progress
@@ -39,11 +39,12 @@ def methods_of(texts: Sequence[str]) -> list[Method]:
         ValueError: one does not exist, or its package or device is not there.
     """
     found = [method(text) for text in dict.fromkeys(texts)]
+    lacking = missing(found)
     for one in found:
-        if one.name == "xformers" and (missing([one]) or not torch.cuda.is_available()):
+        if one.name == "xformers" and (one.text in lacking or not torch.cuda.is_available()):
             raise ValueError(f"method {one.text!r} needs the package xformers and a CUDA device")
-    for text, package in missing(found).items():
-        raise ValueError(f"method {text!r} needs the package {package}: pip install 'agentsd[bench]'")
+        if package := lacking.get(one.text):
+            raise ValueError(f"method {one.text!r} needs the package {package}: pip install 'agentsd[bench]'")
     return found
 
 
@@ -72,26 +73,20 @@ def kinds(wanted: Method, unet: Any, setting: Setting) -> list[Kind]:
     def at(step: int, call: Callable[[Any, Tensor], Any] = every) -> Any:
         return call(model, timesteps[step])
 
-    if name == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
-    elif name == "floor":
-        leave_out_attention(unet, options)
-    elif name == "tomesd":
-        import tomesd
-
-        tomesd.apply_patch(unet, **options)
-    elif name == "deepcache":
-        return _deepcache(unet, options, at, timesteps)
-    elif name == "tgate":
+    if name == "tgate":
         return _tgate(unet, options, at, caller(unet, setting, max(1, setting.batch // 2)))
     config = wanted.config
     if config is None:
-        return [Kind(name, 1.0, partial(at, 0))]
+        put(SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=timesteps)), wanted)
+        if name != "deepcache":
+            return [Kind(name, 1.0, partial(at, 0))]
+        full = -(-STEPS // options["cache_interval"]) / STEPS
+        several = [Kind("full step", full, partial(at, 0)), Kind("cached step", 1 - full, partial(at, 1))]
+        return [kind for kind in several if kind.share]
     apply(unet, config)
-    if setting.fused:
-        for processor in unet.attn_processors.values():
-            if isinstance(processor, AgentSDProcessor):
-                processor.attend = sdpa
+    for processor in unet.attn_processors.values() if setting.fused else ():
+        if isinstance(processor, AgentSDProcessor):
+            processor.attend = sdpa
     patch = patch_of(unet)
     assert patch is not None
     if state := patch.technique(StepCacheState):
@@ -131,18 +126,6 @@ def _caching(patch: Patch, state: StepCacheState, at: Callable[[int], Any], run:
             kept = state.snapshot()
             run(step)
     return [Kind(name, names.count(name) / STEPS, partial(call, names.index(name), name)) for name in before]
-
-
-def _deepcache(unet: Any, options: dict[str, Any], at: Callable[..., Any], timesteps: Tensor) -> list[Kind]:
-    from DeepCache import DeepCacheSDHelper
-
-    helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=timesteps)))
-    helper.set_params(**options)
-    helper.enable()
-    interval = helper.params["cache_interval"]
-    share = -(-STEPS // interval) / STEPS
-    cached = [Kind("cached step", 1 - share, partial(at, 1))] if interval > 1 else []
-    return [Kind("full step", share, partial(at, 0)), *cached]
 
 
 def _tgate(unet: Any, options: dict[str, Any], at: Callable[..., Any], half: Callable[..., Any]) -> list[Kind]:

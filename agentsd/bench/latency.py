@@ -1,18 +1,19 @@
 """Seconds of UNet calls: every method in turn in each repetition, medians, and their mean over the schedule."""
 
-import copy
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from agentsd.bench import calls
 from agentsd.bench.architectures import Setting, build
+from agentsd.drawing import now
+from agentsd.methods import sharing_weights
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -23,11 +24,10 @@ class Timing:
     kind: str
     share: float
     covered: list[int] | None = None
-    seconds: list[float] = field(default_factory=list)
+    seconds: Sequence[float] = ()
 
     @property
     def median(self) -> float:
-        """Median, in seconds."""
         return statistics.median(self.seconds)
 
     @property
@@ -39,33 +39,20 @@ class Timing:
         return (high - low) / 2
 
 
-class Stopwatch:
-    """Seconds between `stopwatch` entered and left; of CUDA events on a CUDA device."""
-
-    seconds = 0.0
-
-
-@contextmanager
-def stopwatch(device: str) -> Iterator[Stopwatch]:
-    """Context that is timed."""
-    watch = Stopwatch()
-    if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        yield watch
-        end.record()
-        torch.cuda.synchronize(device)
-        watch.seconds = start.elapsed_time(end) / 1000
-    else:
-        began = time.perf_counter()
-        yield watch
-        watch.seconds = time.perf_counter() - began
-
-
-def sharing_weights(unet: nn.Module) -> nn.Module:
-    """A copy of a UNet with modules and hooks of its own."""
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+def interleaved(
+    several: Mapping[Key, Callable[[], Any]], device: str, repeats: int, warmup: int = 1, title: str = ""
+) -> dict[Key, list[float]]:
+    """Seconds of every repetition of several calls, all in turn in each."""
+    seconds: dict[Key, list[float]] = {key: [] for key in several}
+    with tqdm(total=(warmup + repeats) * len(several), desc=title, unit="call") as bar:
+        for repeat in range(-warmup, repeats):
+            for key, call in several.items():
+                began = now(device)
+                call()
+                if repeat >= 0:
+                    seconds[key].append(now(device) - began)
+                bar.update()
+    return seconds
 
 
 @torch.inference_mode()
@@ -77,23 +64,10 @@ def measure(setting: Setting, methods: Sequence[str], repeats: int = 5, warmup: 
     """
     wanted = calls.methods_of(methods)
     stock = build(setting)
-    ready = [(one, calls.kinds(one, sharing_weights(stock), setting)) for one in wanted]
-    timings = {
-        (one.text, kind.name): Timing(one.text, kind.name, kind.share, calls.covered(stock, one))
-        for one, several in ready
-        for kind in several
-    }
+    ready = [(one, kind) for one in wanted for kind in calls.kinds(one, sharing_weights(stock), setting)]
     title = f"{setting.model} {setting.latent[0]}×{setting.latent[1]}"
-    with tqdm(total=(warmup + repeats) * len(timings), desc=title, unit="call") as bar:
-        for repeat in range(-warmup, repeats):
-            for one, several in ready:
-                for kind in several:
-                    with stopwatch(setting.device) as watch:
-                        kind.call()
-                    if repeat >= 0:
-                        timings[one.text, kind.name].seconds.append(watch.seconds)
-                    bar.update()
-    return list(timings.values())
+    seconds = interleaved({(m.text, k.name): k.call for m, k in ready}, setting.device, repeats, warmup, title)
+    return [Timing(m.text, k.name, k.share, calls.covered(stock, m), seconds[m.text, k.name]) for m, k in ready]
 
 
 def over_schedule(timings: Sequence[Timing]) -> dict[str, float]:

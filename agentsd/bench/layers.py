@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from agentsd.bench.architectures import Setting
-from agentsd.bench.latency import stopwatch
+from agentsd.bench.latency import interleaved
 from agentsd.config import KV, Agent, AgentSDConfig, Merge, Phase
 from agentsd.hosts.diffusers_unet import AgentSDProcessor
 from agentsd.layer import BlockState
@@ -57,8 +56,7 @@ def layer_call(kind: AgentSDConfig | str, count: int, setting: Setting) -> Calla
     plan = Planner(kind, [1]).plan(1, grid, 1000, 1000, setting.device)
     state = BlockState({1: plan} if plan else {}, 1)
     processor = AgentSDProcessor(block.attn1.processor, state)
-    if setting.fused:
-        processor.attend = sdpa
+    processor.attend = sdpa if setting.fused else processor.attend
     block.attn1.set_processor(processor)
 
     def call() -> None:
@@ -72,29 +70,23 @@ def layer_call(kind: AgentSDConfig | str, count: int, setting: Setting) -> Calla
 def measure_layers(
     tokens: Sequence[int], layers: dict[str, AgentSDConfig | str], setting: Setting, repeats: int = 5
 ) -> dict[str, dict[int, float]]:
-    """Median seconds of one layer, per number of tokens (square grids).
+    """Median seconds of one layer, per number of tokens (square grids), all layers in turn in each repetition.
 
     Args:
         tokens: numbers of tokens, squares.
         layers: name → configuration whose first phase is measured, or one of `STOCK`, `MODULE`.
         setting: batch, dtype and device.
-        repeats: repetitions, all variants in turn in each.
+        repeats: repetitions after one warm-up.
     """
-    seconds: dict[tuple[str, int], list[float]] = {}
-    with tqdm(total=(repeats + 1) * len(tokens) * len(layers), desc="layers") as bar:
-        for count in tokens:
-            ready = {name: layer_call(kind, count, setting) for name, kind in layers.items()}
-            for repeat in range(repeats + 1):
-                for name, call in ready.items():
-                    with stopwatch(setting.device) as watch:
-                        call()
-                    if repeat:
-                        seconds.setdefault((name, count), []).append(watch.seconds)
-                    bar.update()
-    return {name: {n: statistics.median(seconds[name, n]) for n in tokens} for name in layers}
+    medians: dict[str, dict[int, float]] = {name: {} for name in layers}
+    for count in tokens:
+        ready = {name: layer_call(kind, count, setting) for name, kind in layers.items()}
+        for name, seconds in interleaved(ready, setting.device, repeats, title=f"layers, {count} tokens").items():
+            medians[name][count] = statistics.median(seconds)
+    return medians
 
 
-def exponent(times: Mapping[int, float], start: int = 4096) -> float:
+def exponent(times: Mapping[Any, float], start: int = 4096) -> float:
     """The exponent of the growth with the number of tokens from `start` on: least squares in the logarithms."""
-    points = [(math.log(n), math.log(t)) for n, t in times.items() if n >= start]
+    points = [(math.log(int(n)), math.log(t)) for n, t in times.items() if int(n) >= start]
     return statistics.linear_regression(*zip(*points, strict=True)).slope

@@ -3,34 +3,35 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentsd.bench.layers import exponent
 from agentsd.results import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-Lines = dict[str, dict[int, float]]
+# title, name of the horizontal axis, of the vertical axis, values by line and place
+Panel = tuple[str, str, str, dict[str, dict[int, float]]]
 
 
 def draw(result: dict[str, Any], output: Path) -> Path:
     """Plot a result of agentsd-bench beside its JSON file; returns the picture's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     picture = output.with_suffix(".png")
-    if "parts" in result:
-        return _bars(result["parts"], picture)
+    save_figure(_bars(result["parts"]) if "parts" in result else _panels(result), picture)
+    return picture
+
+
+def _panels(result: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
     layers = "layers" in result
     panels = _layers(result) if layers else _runs(result)
-    size = (6.4 * len(panels), 5.4 if layers else 4.4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels), 5.4 if layers else 4.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, across, unit, lines) in zip(axes[0], panels, strict=True):
         if all(len(values) == 1 for values in lines.values()):
-            for name, values in lines.items():
-                axis.barh(
-                    name, next(iter(values.values())), color="0.4" if name.startswith(("stock", "floor")) else None
-                )
+            colors = ["0.4" if name.startswith(("stock", "floor")) else "C0" for name in lines]
+            axis.barh(list(lines), [value for values in lines.values() for value in values.values()], color=colors)
             axis.set_xlabel(unit)
             axis.invert_yaxis()
         else:
@@ -44,59 +45,57 @@ def draw(result: dict[str, Any], output: Path) -> Path:
                 axis.legend()
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    save_figure(figure, picture)
-    return picture
+    return figure
 
 
-def _runs(result: dict[str, Any]) -> list[tuple[str, str, str, Lines]]:
-    def lines(key: str, scale: float) -> Lines:
-        found: Lines = {}
+def _runs(result: dict[str, Any]) -> list[Panel]:
+    panels: list[Panel] = []
+    kinds = ("mean UNet call of a 50-step schedule", "s", "schedule", 1), ("peak memory", "GiB", "memory", 2**-30)
+    for title, unit, key, scale in kinds:
+        lines: dict[str, dict[int, float]] = {}
         for run in result["runs"]:
             for method, value in run[key].items():
-                found.setdefault(method, {})[run["setting"]["latent"][1]] = value * scale
-        return found
-
-    panels = [("mean UNet call of a 50-step schedule", "latent cells a side", "s", lines("schedule", 1))]
-    if any(run["memory"] for run in result["runs"]):
-        panels.append(("peak memory", "latent cells a side", "GiB", lines("memory", 2**-30)))
+                lines.setdefault(method, {})[run["setting"]["latent"][1]] = value * scale
+        panels += [(title, "latent cells a side", unit, lines)] if lines else []
     return panels
 
 
-def _layers(result: dict[str, Any]) -> list[tuple[str, str, str, Lines]]:
-    def lines(values: dict[str, dict[str, float]], exponents: dict[str, float], scale: float) -> Lines:
-        return {
-            f"{name} (exponent {exponents[name]:.2f})": {int(n): value * scale for n, value in row.items()}
-            for name, row in values.items()
-        }
-
-    panels = [("one self-attention layer", "tokens", "ms", lines(result["layers"], result["exponents"], 1000))]
-    if "memory" in result:
-        memory = lines(result["memory"], result["memory_exponents"], 2**-20)
-        panels.append(("memory of a call", "tokens", "MiB", memory))
-    return panels
+def _layers(result: dict[str, Any]) -> list[Panel]:
+    kinds = ("one self-attention layer", "ms", "layers", 1000), ("memory of a call", "MiB", "memory", 2**-20)
+    return [
+        (
+            title,
+            "tokens",
+            unit,
+            {
+                f"{name} (exponent {exponent(row):.2f})": {int(n): value * scale for n, value in row.items()}
+                for name, row in result[key].items()
+            },
+        )
+        for title, unit, key, scale in kinds
+        if key in result
+    ]
 
 
 def _logarithmic(axis: "Axes", counts: list[int]) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    axis.set(xscale="log", yscale="log")
     axis.set_xticks(counts, [f"{n:,}" for n in counts])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:,g}")
 
 
-def _bars(kinds: dict[str, dict[str, float]], picture: Path) -> Path:
+def _bars(kinds: dict[str, dict[str, float]]) -> "Figure":
     """Stacked bars: where the time of each kind of call goes."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(9.6, 0.6 * len(kinds) + 1.8), layout="constrained")
-    names, left = list(kinds), [0.0] * len(kinds)
+    figure = Figure(figsize=(9.6, 0.6 * len(kinds) + 1.8), layout="constrained")
+    axis, left = figure.subplots(), [0.0] * len(kinds)
     for part in next(iter(kinds.values())):
-        values = [1000 * kinds[name][part] for name in names]
-        axis.barh(names, values, left=left, label=part, color="0.85" if part.startswith("rest") else None)
+        values = [1000 * parts[part] for parts in kinds.values()]
+        axis.barh(list(kinds), values, left=left, label=part, color="0.85" if part.startswith("rest") else None)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.invert_yaxis()
     axis.set(xlabel="ms per UNet call")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    save_figure(figure, picture)
-    return picture
+    return figure

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agentsd import layer
 from agentsd.bench import calls
 from agentsd.bench.architectures import Setting, build
-from agentsd.bench.latency import sharing_weights, stopwatch
 from agentsd.config import AgentSDConfig
+from agentsd.drawing import now
 from agentsd.hosts.diffusers_unet import AgentSDProcessor, find_layers
+from agentsd.methods import sharing_weights
 from agentsd.ops import merging
 
 PARTS = ("matching", "merging", "unmerging", "attention", "projections and copies", "rest of the UNet")
@@ -30,10 +31,10 @@ def _timed(owner: Any, name: str, part: str, spent: dict[str, float], device: st
         if part != "layers" and spent["depth"] != 1:  # outside of layers, or within another part
             return function(*args, **kwargs)
         spent["depth"] += 1
-        with stopwatch(device) as watch:
-            out = function(*args, **kwargs)
+        began = now(device)
+        out = function(*args, **kwargs)
         spent["depth"] -= 1
-        spent[part] += watch.seconds
+        spent[part] += now(device) - began
         return out
 
     setattr(owner, name, timed)
@@ -82,10 +83,10 @@ def profile(setting: Setting, methods: Sequence[str], repeats: int = 3) -> dict[
                 rows = []
                 for _ in range(repeats + 1):
                     spent.update(dict.fromkeys(spent, 0.0))
-                    with stopwatch(setting.device) as watch:
-                        kind.call()
+                    began = now(setting.device)
+                    kind.call()
+                    rest = now(setting.device) - began - spent["layers"]
                     told_apart = sum(spent[part] for part in PARTS)
-                    rest = watch.seconds - spent["layers"]
                     rows.append(spent | {PARTS[4]: spent["layers"] - told_apart, PARTS[5]: rest})
                 medians = {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS}
                 result[f"{one.text}: {kind.name}"] = medians

@@ -5,31 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from agentsd.bench.latency import Timing
-from agentsd.results import markdown_table, read_json
+from agentsd.bench.layers import exponent
+from agentsd.results import machine, markdown_table, read_json, text_table
 
+# What was measured, and a head with rows.
+Table = tuple[str, list[list[str]]]
 HEAD = ("method", "share of the steps", "ms per UNet call", "faster than stock", "of its floor's speed", "peak GiB")
 
 
 def read(path: Path) -> dict[str, Any]:
     """A file of measurements; ValueError names it if it is none."""
     result = read_json(path)
-    if not isinstance(result, dict) or not result.keys() & {"runs", "layers", "parts", "psnr", "launches"}:
-        raise ValueError(f"{path} is not a file of measurements: it has none of runs, layers, parts, psnr, launches")
+    if not isinstance(result, dict) or not result.keys() & KINDS.keys():
+        raise ValueError(f"{path} is not a file of measurements: it has none of {', '.join(KINDS)}")
     return result
 
 
-def _covered(timing: dict[str, Any]) -> tuple[int, ...]:
-    """The levels whose self-attention alone a method acts on."""
-    # Files from before coverage was stored: these were of the finest grid.
-    finest = (
-        timing["method"].split(":")[0] in ("floor", "paper", "faithful", "tomesd") and ":levels" not in timing["method"]
-    )
-    return tuple(timing.get("covered", [1] if finest else None) or ())
+def _covered(method: str) -> list[int]:
+    """The levels that a method acts on, in files from before these were stored."""
+    finest = method.split(":")[0] in ("floor", "paper", "faithful", "tomesd") and ":levels" not in method
+    return [1] if finest else []
 
 
 def _floors(run: dict[str, Any]) -> dict[str, str]:
     """The floor of each method: what leaves out just the self-attention that the method covers."""
-    covered = {timing["method"]: _covered(timing) for timing in run["timings"]}
+    methods = {timing["method"]: timing for timing in run["timings"]}
+    covered = {name: tuple(timing.get("covered", _covered(name)) or ()) for name, timing in methods.items()}
     floors = {levels: name for name, levels in covered.items() if name.split(":")[0] == "floor" and levels}
     return {name: floors[levels] for name, levels in covered.items() if levels in floors}
 
@@ -58,11 +59,14 @@ def rows(run: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def _filled(run: dict[str, Any]) -> list[list[str]]:
-    """Head and rows without the columns that have nothing in them."""
-    body = rows(run)
-    used = [index for index in range(len(HEAD)) if any(row[index] for row in body)]
-    return [[row[index] for index in used] for row in (list(HEAD), *body)]
+def _runs(result: dict[str, Any]) -> list[Table]:
+    found = []
+    for run in result["runs"]:
+        table = [list(HEAD), *rows(run)]
+        # Columns with nothing in them are left out.
+        used = [index for index, column in enumerate(zip(*table[1:], strict=True)) if any(column)]
+        found.append((_title(run, result["environment"]), [[row[index] for index in used] for row in table]))
+    return found
 
 
 def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
@@ -73,52 +77,28 @@ def _title(run: dict[str, Any], environment: dict[str, Any]) -> str:
     if "timings" in run and all(len(timing["seconds"]) == 1 for timing in run["timings"]):
         how += ", one repetition"
     what = f"{setting['model']}, {width}×{height} latents, batch {setting['batch']}, {setting['dtype']}, {how}"
-    return f"{what}, {_machine(environment)}"
+    return f"{what}, {machine(environment)}"
 
 
-def _machine(environment: dict[str, Any]) -> str:
-    return (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"diffusers {environment['diffusers']}"
-    )
-
-
-def text(result: dict[str, Any]) -> str:
-    """The tables of all runs, aligned."""
-    blocks = []
-    for run in result["runs"]:
-        table = _filled(run)
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        pad = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-        lines = [
-            "  ".join(to(cell, width) for to, cell, width in zip(pad, line, widths, strict=True)) for line in table
-        ]
-        blocks.append("\n".join([_title(run, result["environment"]), "", lines[0], "─" * len(lines[0]), *lines[1:]]))
-    return "\n\n".join(blocks)
-
-
-def _layers(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    def table(
-        values: dict[str, dict[str, float]], unit: str, scale: float, exponents: dict[str, float]
-    ) -> list[list[str]]:
-        tokens = list(next(iter(values.values())))
-        head = ["layer", *(f"{int(n):,} tokens, {unit}" for n in tokens), "exponent from 4,096"]
-        body = [
-            [name, *(f"{value * scale:.1f}" for value in row.values()), f"{exponents[name]:.2f}"]
-            for name, row in values.items()
-        ]
-        return [head, *body]
-
-    setting, machine = result["setting"], _machine(result["environment"])
+def _layers(result: dict[str, Any]) -> list[Table]:
+    setting = result["setting"]
     what = f"one self-attention layer of SD 1.5's finest grid, batch {setting['batch']}, {setting['dtype']}"
-    tables = [(f"{what}, {machine}", table(result["layers"], "ms", 1000, result["exponents"]))]
-    if "memory" in result:
-        memory = table(result["memory"], "MiB", 2**-20, result["memory_exponents"])
-        tables.append(("the same, memory of a call: its output and all in between", memory))
-    return tables
+    kinds = [
+        ("layers", f"{what}, {machine(result['environment'])}", "ms", 1000),
+        ("memory", "the same, memory of a call: its output and all in between", "MiB", 2**-20),
+    ]
+    found = []
+    for key, title, unit, scale in kinds:
+        lines = [
+            [name, *(f"{value * scale:.1f}" for value in row.values()), f"{exponent(row):.2f}"]
+            for name, row in result.get(key, {}).items()
+        ]
+        head = ["layer", *(f"{int(n):,} tokens, {unit}" for n in result["layers"]["stock"]), "exponent from 4,096"]
+        found += [(title, [head, *lines])] if lines else []
+    return found
 
 
-def _closeness(result: dict[str, Any]) -> tuple[str, list[list[str]]]:
+def _closeness(result: dict[str, Any]) -> list[Table]:
     several = isinstance(result["steps"], list)
     table = [["method", *(["× stock"] if several else []), "PSNR to the stock image, mean / worst, dB"]]
     for name, decibels in result["psnr"].items():
@@ -127,25 +107,37 @@ def _closeness(result: dict[str, Any]) -> tuple[str, list[list[str]]]:
     size = f", {result['size']} pixels a side" if "size" in result else ""
     steps = f"{', '.join(map(str, result['steps'])) if several else result['steps']} steps{size}"
     what = f"the embedded model, {result['prompts']} held-out prompts, {steps}, {result['dtype']}"
-    return f"{what}, {_machine(result['environment'])}", table
+    return [(f"{what}, {machine(result['environment'])}", table)]
+
+
+def _parts(result: dict[str, Any]) -> list[Table]:
+    table = [["ms", *next(iter(result["parts"].values())), "sum"]]
+    for name, parts in result["parts"].items():
+        table.append([name, *(f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values())))])
+    return [(_title(result, result["environment"]), table)]
+
+
+def _launches(result: dict[str, Any]) -> list[Table]:
+    counts = [[name, f"{count:,}"] for name, count in result["launches"].items()]
+    return [(_title(result, result["environment"]), [["call", "operations"], *counts])]
+
+
+# By what only files of their kind have.
+KINDS = {"runs": _runs, "layers": _layers, "psnr": _closeness, "parts": _parts, "launches": _launches}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The tables of a result, each with what was measured."""
+    return next(make for key, make in KINDS.items() if key in result)(result)
+
+
+def text(result: dict[str, Any]) -> str:
+    """The tables of a result for a terminal."""
+    return "\n\n".join(f"{title}\n\n{text_table(head, body, numbers=True)}" for title, (head, *body) in tables(result))
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of a result in Markdown, each under what was measured, and the command."""
-    environment = result["environment"]
-    if "layers" in result:
-        tables = _layers(result)
-    elif "psnr" in result:
-        tables = [_closeness(result)]
-    elif "parts" in result:
-        table = [["ms", *next(iter(result["parts"].values())), "sum"]]
-        for name, parts in result["parts"].items():
-            table.append([name, *(f"{1000 * seconds:.0f}" for seconds in (*parts.values(), sum(parts.values())))])
-        tables = [(_title(result, environment), table)]
-    elif "launches" in result:
-        counts = [[name, f"{count:,}"] for name, count in result["launches"].items()]
-        tables = [(_title(result, environment), [["call", "operations"], *counts])]
-    else:
-        tables = [(_title(run, environment), _filled(run)) for run in result["runs"]]
-    command = f"```bash\n{result['command']}\n```\n\n" if "command" in result else ""
-    return command + "\n\n".join(f"*{title}*\n\n{markdown_table(table[0], table[1:])}" for title, table in tables)
+    command = [f"```bash\n{result['command']}\n```"] if "command" in result else []
+    found = [f"*{title}*\n\n{markdown_table(head, body)}" for title, (head, *body) in tables(result)]
+    return "\n\n".join([*command, *found])

@@ -66,9 +66,21 @@ class Candidates:
         """The level whose attention cached steps compute too."""
         return min(self.attentions, default=1)
 
-    def names(self, what: int | str) -> list[str]:
-        """The candidates for the attention of a level, or for "steps"."""
-        return self.attentions[what] if isinstance(what, int) else list(self.caches)
+    @property
+    def options(self) -> dict[Any, list[str]]:
+        """The candidates for the attention of each level, and for "steps"."""
+        return {**self.attentions, **({"steps": list(self.caches)} if self.caches else {})}
+
+    def changed_calls(self) -> dict[str, AgentSDConfig | None]:
+        """The UNet calls that are timed: stock, each attention of each level, and as a cached step with each attention
+        of the finest level."""
+        attentions = {key(level, name): only(level, name) for level, names in self.attentions.items() for name in names}
+        cached = {
+            f"{layers} layers: {name}": only(self.finest, name, StepCache(interval=2, layers=layers))
+            for layers in self.layers
+            for name in (None, *self.attentions.get(self.finest, ()))
+        }
+        return {"stock": None, **attentions, **cached}
 
     def config(self, choice: Choice) -> AgentSDConfig:
         """The configuration of a choice."""
@@ -91,6 +103,11 @@ class Candidates:
         """The value of each part with its end; neighbours with equal values are one."""
         pairs = list(zip(self.ends, values, strict=True))
         return [pair for pair, after in zip(pairs, [*pairs[1:], None], strict=True) if not after or after[1] != pair[1]]
+
+
+def key(what: int | str, name: str) -> str:
+    """The name of a candidate among the measurements."""
+    return f"level {what}: {name}" if isinstance(what, int) else name
 
 
 def only(level: int, attention: str | None = None, cache: StepCache | None = None) -> AgentSDConfig:

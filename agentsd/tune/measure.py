@@ -2,15 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from agentsd import drawing
@@ -51,9 +51,8 @@ class Measurements:
     def expect(self, more: int) -> None:
         """Show progress towards so many results more."""
         if self.bar.disable:
-            self.bar = tqdm(desc="measuring", total=more, leave=False)
-        else:
-            self.bar.total += more
+            self.bar = tqdm(desc="measuring", total=0, leave=False)
+        self.bar.total += more
 
     def get(self, name: str, measure: Callable[..., Any], *args: Any) -> Any:
         """The result of that name, measured if it is not there."""
@@ -65,12 +64,10 @@ class Measurements:
         return self.values[name]
 
     def write(self, **more: Any) -> None:
-        """Write the file."""
         write_json(self.path, {"settings": self.settings, **more, "measurements": self.values})
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """A stock run: its UNet calls in order, the image, H×W×3 from 0 to 1, and the seconds in all and in the UNet."""
 
     calls: list[UNetCall]
@@ -84,7 +81,8 @@ def clock(device: torch.device) -> Callable[[], float]:
 
     On one thread of a CPU it is the time that the process has computed: it stands still while other processes do.
     """
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else drawing.now
+    computed = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if computed else partial(drawing.now, device)
 
 
 def squared_error(out: Tensor, stock: Tensor) -> float:
@@ -116,34 +114,24 @@ class Runs:
         return drawn.arrays[0], self.now() - began
 
     def stock(self, prompt: int) -> Run:
-        """The stock run of a prompt."""
         if prompt not in self._stock:
-            unet, inside = self.pipe.unet, 0.0
+            unet, times = self.pipe.unet, list[float]()
 
-            def before(*_: Any) -> None:
-                nonlocal inside
-                inside -= self.now()
+            def note(*_: Any) -> None:
+                times.append(self.now())
 
-            def after(*_: Any) -> None:
-                nonlocal inside
-                inside += self.now()
-
-            hooks = unet.register_forward_pre_hook(before), unet.register_forward_hook(after)
+            hooks = unet.register_forward_pre_hook(note), unet.register_forward_hook(note)
             with hooks[0], hooks[1], record_calls(unet) as calls:
                 image, seconds = self._draw(prompt)
-            self._stock[prompt] = Run(calls, image, seconds, inside)
+            self._stock[prompt] = Run(calls, image, seconds, sum(times[1::2]) - sum(times[::2]))
         return self._stock[prompt]
 
     def about(self, prompt: int) -> dict[str, Any]:
         """Seconds of a stock run and of its UNet calls, the progress at each of them, and the size of the latents."""
         run, steps = self.stock(prompt), self.pipe.scheduler.config.num_train_timesteps
         at = [progress(call.timestep, steps) for call in run.calls]
-        return {
-            "seconds": run.seconds,
-            "inside": run.inside,
-            "progress": at,
-            "latent": [*run.calls[0].sample.shape[-2:]],
-        }
+        latent = [*run.calls[0].sample.shape[-2:]]
+        return {"seconds": run.seconds, "inside": run.inside, "progress": at, "latent": latent}
 
     def replay(self, calls: Sequence[UNetCall], config: AgentSDConfig | None = None) -> list[tuple[float, float]]:
         """Seconds and relative squared error of calls of a stock run that are made again, in turn; None is stock."""
@@ -155,35 +143,8 @@ class Runs:
                 results.append((self.now() - began, squared_error(out, call.output)))
         return results
 
-    def image(self, prompt: int, config: AgentSDConfig | None = None, stock_calls: int = 0) -> dict[str, float]:
-        """Seconds of a whole image and its mean squared error to the stock image.
-
-        Args:
-            prompt: which one.
-            config: the acceleration; None is stock.
-            stock_calls: so many calls at the beginning are not computed but return what they do in the stock run.
-        """
-        run = self.stock(prompt)
-        outputs = [call.output for call in run.calls[:stock_calls]]
-        with applied(self.pipe, config) if config else nullcontext(), _returning(self.pipe.unet, outputs):
+    def image(self, prompt: int, config: AgentSDConfig | None = None) -> dict[str, float]:
+        """Seconds of a whole image and its mean squared error to the stock image; None is stock."""
+        with applied(self.pipe, config) if config else nullcontext():
             image, seconds = self._draw(prompt)
-        return {"seconds": seconds, "square": float(np.square(image - run.image, dtype=np.float64).mean())}
-
-
-@contextmanager
-def _returning(unet: nn.Module, outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Context in which the first calls of a UNet return these outputs."""
-    forward: Callable[..., Any] = unet.forward
-    replaced, known = vars(unet).get("forward"), iter(outputs)
-
-    def first_known(*args: Any, **kwargs: Any) -> Any:
-        output = next(known, None)
-        return forward(*args, **kwargs) if output is None else (output,)
-
-    unet.forward = first_known  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del unet.forward
-        if replaced is not None:
-            unet.forward = replaced  # type: ignore[method-assign]
+        return {"seconds": seconds, "square": float(np.square(image - self.stock(prompt).image, dtype=float).mean())}

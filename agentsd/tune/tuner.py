@@ -7,18 +7,14 @@ from functools import cached_property
 from typing import Any
 
 from agentsd.cache.steps import full_steps
-from agentsd.config import AgentSDConfig, StepCache
-from agentsd.tune.candidates import Candidates, only
+from agentsd.config import AgentSDConfig
+from agentsd.tune.candidates import Candidates, key, only
 from agentsd.tune.measure import Measurements, Runs
 from agentsd.tune.search import Point, search
 from agentsd.tune.verify import Figures, Target, Verified, verify
 
 # Of the points of the front that are drawn as whole images, one is so much slower than the next.
 STEP = 0.98
-
-
-def _key(what: int | str, name: str) -> str:
-    return f"level {what}: {name}" if isinstance(what, int) else name
 
 
 class Tuner:
@@ -50,7 +46,6 @@ class Tuner:
     ) -> None:
         self.runs = Runs(pipe, prompts, call, now)
         self.measurements, self.repeats = measurements, repeats
-        self.measured = range(min(repeats, len(prompts)))
         measurements.expect(len(prompts))
         stock = [measurements.get(f"stock, prompt {i}", self.runs.about, i) for i in range(len(prompts))]
         self.calls = len(stock[0]["progress"])
@@ -58,21 +53,15 @@ class Tuner:
         self.candidates = Candidates.of(pipe, stock[0]["progress"], stock[0]["latent"])
 
     def changed_calls(self, part: int, turn: int) -> dict[str, tuple[float, float]]:
-        """Seconds and relative squared error of one UNet call with each change: stock, each attention of each level,
-        and as a cached step with each attention of the finest level (of which the time alone counts)."""
-        replay, candidates = self.runs.replay, self.candidates
-        calls, indices = self.runs.stock(turn % len(self.runs.prompts)).calls, candidates.parts[part]
+        """Seconds and relative squared error of one UNet call with each change."""
+        calls, indices = self.runs.stock(turn % len(self.runs.prompts)).calls, self.candidates.parts[part]
         index = indices[(2 * turn + 1) * len(indices) // (2 * self.repeats)]
-        results = {"stock": replay([calls[index]])[0]}
-        for level, names in candidates.attentions.items():
-            for name in names:
-                results[_key(level, name)] = replay([calls[index]], only(level, name))[0]
-        finest = candidates.finest
-        for layers in candidates.layers:
-            for name in (None, *candidates.attentions.get(finest, ())):
-                config = only(finest, name, StepCache(interval=2, layers=layers))
-                results[f"{layers} layers: {name}"] = replay(calls[max(index, 1) - 1 :][:2], config)[1]
-        return results
+        # A cached step needs a full one before it.
+        alone, pair = calls[index : index + 1], calls[max(index, 1) - 1 :][:2]
+        changes = self.candidates.changed_calls().items()
+        return {
+            name: self.runs.replay(pair if config and config.steps else alone, config)[-1] for name, config in changes
+        }
 
     def cache_errors(self, name: str, prompt: int) -> list[float]:
         """Relative squared error of every call of a stock run with a step cache; 0 in full steps."""
@@ -82,7 +71,7 @@ class Tuner:
     def image_error(self, part: int, what: int | str, prompt: int) -> float:
         """Mean squared error of the image where a part has one change alone."""
         config = self.candidates.config(((part, what, self.probe(part, what)),))
-        return self.runs.image(prompt, config, stock_calls=self.candidates.parts[part][0])["square"]
+        return self.runs.image(prompt, config)["square"]
 
     def probe(self, part: int, what: int | str) -> str:
         """The change whose image says how much errors matter: the last attention of a level; the first step cache
@@ -95,33 +84,26 @@ class Tuner:
     def tables(self) -> list[list[list[list[Point]]]]:
         """Everything measured, as `search` takes it: times in stock calls, errors as squared errors of the image."""
         get, parts, caches = self.measurements.get, self.candidates.parts, self.candidates.caches
-        changes: list[int | str] = [*self.candidates.attentions, *(["steps"] if caches else [])]
-        self.measurements.expect(
-            self.repeats * len(parts) + len(self.measured) * (len(caches) + len(parts) * len(changes))
-        )
+        options, measured = self.candidates.options, range(min(self.repeats, len(self.runs.prompts)))
+        self.measurements.expect(self.repeats * len(parts) + len(measured) * (len(caches) + len(parts) * len(options)))
         turns = [
             [get(f"calls, part {part}, turn {turn}", self.changed_calls, part, turn) for turn in range(self.repeats)]
             for part in range(len(parts))
         ]
-        cached = {
-            name: [get(f"{name}, prompt {i}", self.cache_errors, name, i) for i in self.measured] for name in caches
-        }
+        cached = {name: [get(f"{name}, prompt {i}", self.cache_errors, name, i) for i in measured] for name in caches}
         every = [turn for part in turns for turn in part]
         times = {name: statistics.median(turn[name][0] / turn["stock"][0] for turn in every) for name in every[0]}
         tables = []
         for part, calls in enumerate(parts):
             errors = {name: statistics.mean(turn[name][1] for turn in turns[part]) for name in times}
             errors |= {name: statistics.mean(run[i] for run in cached[name] for i in calls) for name in caches}
-            for what in changes:
-                squares = [
-                    get(f"image, part {part}, {what}, prompt {i}", self.image_error, part, what, i)
-                    for i in self.measured
-                ]
+            for what, names in options.items():
+                start = f"image, part {part}, {what}, prompt"
+                square = statistics.mean(get(f"{start} {i}", self.image_error, part, what, i) for i in measured)
                 # A part of one or two calls may have no cached step.
-                noise = errors[_key(what, self.probe(part, what))]
-                weight = statistics.mean(squares) / noise if noise and any(squares) else 1.0
-                for name in self.candidates.names(what):
-                    errors[_key(what, name)] *= weight
+                noise = errors[key(what, self.probe(part, what))]
+                weight = square / noise if noise and square else 1.0
+                errors |= {key(what, name): errors[key(what, name)] * weight for name in names}
             tables.append([self.groups(part, name, times, errors) for name in (None, *caches)])
         return tables
 
@@ -130,22 +112,20 @@ class Tuner:
     ) -> list[list[Point]]:
         """What a part costs with one step cache (None: without), and what the attention of each level adds."""
         candidates = self.candidates
-        calls = set(candidates.parts[part])
-        full, layers, base = len(calls), 0, Point(float(len(calls)), 0.0)
-        if name is not None:
-            cache = candidates.caches[name]
-            full, layers = len(calls.intersection(full_steps(self.calls, cache))), cache.layers
-            time = full + (len(calls) - full) * times[f"{layers} layers: None"]
-            base = Point(time, errors[name], ((part, "steps", name),))
+        calls, cache = set(candidates.parts[part]), candidates.caches.get(name or "")
+        full = len(calls.intersection(full_steps(self.calls, cache))) if cache else len(calls)
+        cached, step = len(calls) - full, f"{cache.layers} layers" if cache else ""
+        base = Point(float(full), 0.0)
+        if cache and name:
+            base = Point(full + cached * times[f"{step}: None"], errors[name], ((part, "steps", name),))
         groups = [[base]]
         for level, attentions in candidates.attentions.items():
             options = [Point(0.0, 0.0)]
             for attention in attentions:
-                more = full * (times[_key(level, attention)] - 1)
-                if layers and level == candidates.finest:
-                    saved = times[f"{layers} layers: {attention}"] - times[f"{layers} layers: None"]
-                    more += (len(calls) - full) * saved
-                options.append(Point(more, errors[_key(level, attention)], ((part, level, attention),)))
+                more = full * (times[key(level, attention)] - 1)
+                if cache and level == candidates.finest:
+                    more += cached * (times[f"{step}: {attention}"] - times[f"{step}: None"])
+                options.append(Point(more, errors[key(level, attention)], ((part, level, attention),)))
             groups.append(options)
         return groups
 
@@ -164,13 +144,15 @@ class Tuner:
         stage, prompts = "+".join(configs), range(len(self.runs.prompts))
         options = {"stock": None, **configs}
         self.measurements.expect(len(prompts) * len(options))
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in options}
-        for prompt in prompts:
-            for name, config in options.items():
-                key = f"{name} in {stage}, prompt {prompt}"
-                results[name].append(self.measurements.get(key, self.runs.image, prompt, config))
-        seconds = {name: statistics.median(one["seconds"] for one in found) for name, found in results.items()}
-        errors = {name: math.sqrt(statistics.mean(one["square"] for one in found)) for name, found in results.items()}
+        images = [
+            {
+                name: self.measurements.get(f"{name} in {stage}, prompt {i}", self.runs.image, i, config)
+                for name, config in options.items()
+            }
+            for i in prompts
+        ]
+        seconds = {name: statistics.median(image[name]["seconds"] for image in images) for name in options}
+        errors = {name: math.sqrt(statistics.mean(image[name]["square"] for image in images)) for name in configs}
         return {name: (seconds["stock"] / seconds[name], errors[name]) for name in configs}
 
     def tune(self, target: Target) -> tuple[Verified, list[Verified]]:
@@ -188,10 +170,10 @@ class Tuner:
         return target.best(found), found
 
     def result(self, target: Target, best: Verified, verified: Sequence[Verified]) -> dict[str, Any]:
-        """What was found, in plain numbers, strings, lists and dictionaries."""
+        """What was found, as JSON holds it."""
         return {
-            "target": {"speedup": target.speedup, "error": target.error},
+            "target": vars(target),
             "front": [[*self.figures(point), point.choice] for point in self.front],
-            "verified": [one.to_dict() for one in verified],
+            "verified": [{**vars(one), "config": one.config.to_dict()} for one in verified],
             "chosen": best.name,
         }

@@ -5,7 +5,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from agentsd.config import AgentSDConfig
 
@@ -34,10 +33,6 @@ class Verified:
     def __str__(self) -> str:
         return f"{self.speedup:.2f} times as fast as stock, error {decibels(self.error)}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dictionaries."""
-        return {**vars(self), "config": self.config.to_dict()}
-
 
 def decibels(error: float) -> str:
     """A root-mean-square error with its PSNR."""
@@ -52,21 +47,14 @@ class Target:
     error: float | None = None
 
     def met(self, figures: Figures) -> bool:
-        """Whether the figures reach the target."""
         speedup, error = figures
         return speedup >= self.speedup if self.speedup is not None else error <= (self.error or 0)
-
-    def rank(self, one: Verified) -> float:
-        """The lower, the better among those that meet the target."""
-        return one.error if self.speedup is not None else -one.speedup
 
     def pick(self, front: Sequence[Figures], faster: float = 1.0, worse: float = 1.0) -> int:
         """The index, in a front with the fastest first, of what meets the target best if predictions are off by two
         factors; the nearest end where nothing does."""
         fitting = [i for i, (speedup, error) in enumerate(front) if self.met((speedup * faster, error * worse))]
-        if self.speedup is not None:
-            return max(fitting, default=0)
-        return min(fitting, default=len(front) - 1)
+        return max(fitting, default=0) if self.speedup is not None else min(fitting, default=len(front) - 1)
 
     def best(self, found: Sequence[Verified]) -> Verified:
         """The best of those that meet the target.
@@ -74,18 +62,19 @@ class Target:
         Raises:
             ValueError: none does; the message says what the best reaches.
         """
-        if good := [one for one in found if self.met((one.speedup, one.error))]:
-            return min(good, key=self.rank)
+        good = [one for one in found if self.met((one.speedup, one.error))]
+        fastest = max(good or found, key=lambda one: one.speedup)
+        closest = min(good or found, key=lambda one: one.error)
+        if good:
+            return closest if self.speedup is not None else fastest
         if self.speedup is not None:
-            best = max(found, key=lambda one: one.speedup)
             raise ValueError(
                 f"no configuration is {self.speedup:g} times as fast as stock here: the fastest that was measured "
-                f"reaches {best.speedup:.2f} with an error of {decibels(best.error)}"
+                f"reaches {fastest.speedup:.2f} with an error of {decibels(fastest.error)}"
             )
-        best = min(found, key=lambda one: one.error)
         raise ValueError(
             f"no configuration stays within an error of {self.error:g} here: the closest that was measured has "
-            f"{decibels(best.error)} at {best.speedup:.2f} times the speed"
+            f"{decibels(closest.error)} at {closest.speedup:.2f} times the speed"
         )
 
 
@@ -110,8 +99,8 @@ def verify(
     batch = [i for i in (start, start - 1, start + 1) if 0 <= i < len(front)]
     while batch:
         names = {i: hashlib.sha256(repr(front[i][1]).encode()).hexdigest()[:8] for i in batch}
-        results = draw({names[i]: front[i][1] for i in batch})
-        found |= {i: Verified(names[i], front[i][1], predicted[i], *results[names[i]]) for i in batch}
+        results = draw({name: front[i][1] for i, name in names.items()})
+        found |= {i: Verified(name, front[i][1], predicted[i], *results[name]) for i, name in names.items()}
         met = any(target.met((one.speedup, one.error)) for one in found.values())
         faster = statistics.median(one.speedup / predicted[i][0] for i, one in found.items())
         errors = [one.error / predicted[i][1] for i, one in found.items() if predicted[i][1]]
