@@ -220,29 +220,27 @@ class StepCacheState:
         yield f"kept between steps: at most {self.bytes / 2**20:.2g} MiB so far"
 
 
+@dataclass(eq=False, repr=False)
 class Skippable:
     """In the place of a module's forward: calls it, or skips it.
 
-    Args:
+    Attributes:
         state: what decides.
-        module: the module.
-        kind: what it is, which says what its output looks like.
+        kind: what the module is, which says what its output looks like.
         number: the layer that it belongs to: it is computed where at least so many are.
         edge: whether its output enters the next layer out.
     """
 
-    def __init__(self, state: StepCacheState, kind: str, module: Any, number: int, edge: bool = False) -> None:
-        self.state = state
-        self.kind = kind
-        self.module = module
-        self.number = number
-        self.edge = edge
-        self.inner: Callable[..., Any] = module.forward
-        # Hooks of accelerate and diffusers stand in the place of a module's forward as well.
-        self.previous: Callable[..., Any] | None = None
+    state: StepCacheState
+    kind: str
+    module: Any
+    number: int
+    edge: bool = False
 
     def attach(self) -> None:
+        # Hooks of accelerate and diffusers stand in the place of a module's forward as well.
         self.previous = vars(self.module).get("forward")
+        self.inner: Callable[..., Any] = self.module.forward
         self.module.forward = self
 
     def detach(self) -> None:
