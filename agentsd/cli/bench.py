@@ -26,84 +26,55 @@ EXAMPLES = """examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
     from agentsd import AgentSDConfig
     from agentsd.bench.architectures import ARCHITECTURES
     from agentsd.methods import PEERS
 
-    methods = ", ".join(("stock", "xformers", "floor", *AgentSDConfig.presets(), *PEERS))
-    parser = Parser(
-        prog=PROGRAM,
-        description="Measure UNet calls: every method in turn in each repetition, medians, and their mean over a "
-        "50-step schedule.",
-        epilog=EXAMPLES,
-        formatter_class=formatter,
+    description = (
+        "Measure UNet calls: every method in turn in each repetition, medians, and their mean over a 50-step schedule."
     )
+    parser = Parser(prog=PROGRAM, description=description, epilog=EXAMPLES, formatter_class=formatter)
     group = parser.add_argument_group("what to measure")
-    group.add_argument(
-        "--method",
-        action="append",
-        metavar="NAME[:KEY=VALUE,…]",
-        help=f"one of {methods}, or a YAML file; a key 0/key is of the first phase alone; floor:of=fast leaves out the "
-        "self-attention that fast covers; repeatable (default: stock, every preset and their floors)",
+    method = (
+        f"one of {', '.join(('stock', 'xformers', 'floor', *AgentSDConfig.presets(), *PEERS))}, or a YAML file; a key "
+        "0/key is of the first phase alone; floor:of=fast leaves out the self-attention that fast covers; repeatable "
+        "(default: stock, every preset and their floors)"
     )
-    group.add_argument(
-        "--model",
-        default="sd15",
-        help=f"{', '.join(ARCHITECTURES)} with random weights, or what agentsd-generate --model takes (default: sd15)",
-    )
-    group.add_argument(
-        "--latent",
-        type=_size,
-        nargs="+",
-        default=[64],
-        metavar="CELLS",
-        help="height and width of the latents; Stable Diffusion has 8 pixels to a cell (default: 64, which is 512×512)",
-    )
+    group.add_argument("--method", action="append", metavar="NAME[:KEY=VALUE,…]", help=method)
+    model = f"{', '.join(ARCHITECTURES)} with random weights, or what agentsd-generate --model takes (default: sd15)"
+    group.add_argument("--model", default="sd15", help=model)
+    latent = "height and width of the latents; Stable Diffusion has 8 pixels to a cell (default: 64, which is 512×512)"
+    group.add_argument("--latent", type=_size, nargs="+", default=[64], metavar="CELLS", help=latent)
     group.add_argument("--batch", type=whole(1), default=2, help="pictures in a call; guidance makes two (default: 2)")
-    group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
-    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: the best there is)")
+    group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on cuda)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best there is)")
     group.add_argument("--compile", action="store_true", help="compile the UNet")
-    group.add_argument(
-        "--memory", action="store_true", help="peak memory too, each method or layer in a process of its own"
-    )
+    group.add_argument("--memory", action="store_true", help="peak memory too, each method or layer in a process alone")
     group.add_argument("--micro", action="store_true", help="single layers of 1,024 to 65,536 tokens instead")
     group.add_argument("--profile", action="store_true", help="where the time goes, of stock and ours, instead")
     group.add_argument("--launches", action="store_true", help="the number of operations of a call instead")
-    group.add_argument(
-        "--fused", action="store_true", help="torch's fused attention even where this package has a faster one"
-    )
+    group.add_argument("--fused", action="store_true", help="torch's fused attention even where ours is faster")
     group.add_argument("--repeats", type=whole(1), default=5, help="repetitions after one warm-up (default: 5)")
-    group.add_argument("--threads", type=whole(1), default=None, help="threads on the CPU (default: torch's)")
+    group.add_argument("--threads", type=whole(1), help="threads on the CPU (default: torch's)")
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the measurements as JSON, and plots beside it"
-    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="write measurements as JSON, and plots beside it")
     group.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the table of such files and end")
-    group.add_argument(
-        "--into",
-        type=Path,
-        metavar="FILE",
-        help="put what --table prints into a document, between <!-- agentsd-bench --> and <!-- /agentsd-bench -->",
-    )
+    into = "put what --table prints into a document, between <!-- agentsd-bench --> and <!-- /agentsd-bench -->"
+    group.add_argument("--into", type=Path, metavar="FILE", help=into)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after one line about bad input, or 130 after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return command.run(
-        PROGRAM,
-        lambda: _run(words),
-        out_of_memory="out of memory; --batch 1, a smaller --latent or --dtype float16 needs less",
-    )
+    out_of_memory = "out of memory; --batch 1, a smaller --latent or --dtype float16 needs less"
+    return command.run(PROGRAM, lambda: _run(words), out_of_memory=out_of_memory)
 
 
 def _run(words: Sequence[str]) -> None:
     args = build_parser().parse_args(words)
     command.quieten()
     from agentsd import results
-    from agentsd.bench import tables
+    from agentsd.bench import plots, tables
 
     if args.table:
         text = "\n\n".join(tables.markdown(tables.read(path)) for path in args.table)
@@ -116,7 +87,7 @@ def _run(words: Sequence[str]) -> None:
     if args.output and not args.output.resolve().parent.is_dir():
         raise ValueError(f"--output is {str(args.output)!r}; its folder does not exist")
     result = _measured(args)
-    print(tables.text(result) if "runs" in result else tables.markdown(result))
+    print(tables.text(result))
     if not args.output:
         return
     result["command"] = shlex.join([PROGRAM, *words])
@@ -125,9 +96,7 @@ def _run(words: Sequence[str]) -> None:
     if "launches" in result:
         return
     if importlib.util.find_spec("matplotlib"):
-        from agentsd.bench.plots import draw
-
-        print(f"wrote {draw(result, args.output)}")
+        print(f"wrote {plots.draw(result, args.output)}")
     else:
         print("no plot: matplotlib is not installed; pip install 'agentsd[bench]'", file=sys.stderr)
 
@@ -146,22 +115,17 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     dtype = str(pipelines.find_dtype(args.dtype, device)).removeprefix("torch.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = [
-        Setting(args.model, (cells, cells), args.batch, dtype, str(device), args.compile, args.fused)
-        for cells in args.latent
-    ]
+    fixed = args.batch, dtype, str(device), args.compile, args.fused
+    settings = [Setting(args.model, (cells, cells), *fixed) for cells in args.latent]
     setting, presets = settings[0], AgentSDConfig.presets()
     about = {"environment": environment(str(device)), "setting": asdict(setting)}
     if args.micro:
-        times = layers.measure_layers(layers.TOKENS, layers.LAYERS, setting, args.repeats)
-        exponents = {name: layers.exponent(values) for name, values in times.items()}
-        about |= {"layers": times, "exponents": exponents}
+        about["layers"] = layers.measure_layers(layers.TOKENS, layers.LAYERS, setting, args.repeats)
         if args.memory:
-            taken = {
+            about["memory"] = {
                 name: {count: memory.layer_memory(layer, count, setting) for count in layers.TOKENS}
                 for name, layer in layers.LAYERS.items()
             }
-            about |= {"memory": taken, "memory_exponents": {name: layers.exponent(v) for name, v in taken.items()}}
         return about
     if args.profile:
         return about | {"parts": profile(setting, args.method or ["stock", *presets], args.repeats)}
@@ -171,14 +135,9 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     runs = []
     for setting in settings:
         timings = measure(setting, methods, args.repeats)
-        runs.append(
-            {
-                "setting": asdict(setting),
-                "timings": [asdict(timing) for timing in timings],
-                "schedule": over_schedule(timings),
-                "memory": {one: memory.peak_memory(setting, one) for one in methods} if args.memory else {},
-            }
-        )
+        run = {"setting": asdict(setting), "timings": [asdict(timing) for timing in timings]}
+        peaks = {one: memory.peak_memory(setting, one) for one in methods} if args.memory else {}
+        runs.append(run | {"schedule": over_schedule(timings), "memory": peaks})
     return {"environment": about["environment"], "runs": runs}
 
 

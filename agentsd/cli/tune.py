@@ -30,15 +30,10 @@ The error is the root-mean-square error of the images against the stock images o
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
     from agentsd import AgentSDConfig
 
-    parser = Parser(
-        prog=PROGRAM,
-        description="Measure what each setting costs on a model and on this machine, and write the best configuration.",
-        epilog=EXAMPLES,
-        formatter_class=formatter,
-    )
+    description = "Measure what each setting costs on a model and on this machine, and write the best configuration."
+    parser = Parser(prog=PROGRAM, description=description, epilog=EXAMPLES, formatter_class=formatter)
     group = parser.add_argument_group("target")
     target = group.add_mutually_exclusive_group(required=True)
     speedup = "whole images so many times as fast as stock, with the smallest error"
@@ -46,13 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     target.add_argument("--max-error", type=float, metavar="E", help="the fastest configuration within this error")
     group = parser.add_argument_group("what to measure on")
     group.add_argument("--model", default="demo", help="what agentsd-generate --model takes (default: demo)")
-    group.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: float16 on cuda)")
-    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: the best there is)")
+    group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on cuda)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best there is)")
     group.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt on each line")
     group.add_argument("--steps", type=whole(1), default=50, metavar="N", help="denoising steps (default: 50)")
     group.add_argument("--guidance-scale", type=number, metavar="G", help="(default: 4 with the demo model, else 7.5)")
-    group.add_argument("--height", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
-    group.add_argument("--width", type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
+    for option in ("--height", "--width"):
+        group.add_argument(option, type=whole(1), metavar="PIXELS", help="(default: what the model was made for)")
     repeats = "UNet calls of each part of the schedule, and prompts, to measure settings on (default: 2)"
     group.add_argument("--repeats", type=whole(1), default=2, metavar="N", help=repeats)
     presets = f"measure {', '.join(AgentSDConfig.presets())} too, for the plot"
@@ -64,17 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after one line about bad input, or 130 after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
-
-    def work() -> None:
-        args = build_parser().parse_args(words)
-        _check(args)
-        _tune(args, shlex.join([PROGRAM, *words]))
-
     return command.run(
         PROGRAM,
-        work,
+        lambda: _tune(words),
         interrupted=lambda: "interrupted; the same command resumes",
         out_of_memory="out of memory; what is measured is kept; --dtype float16 needs less",
     )
@@ -101,10 +89,13 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return held_out_prompts(len(PROMPTS), seed=2) if args.model == "demo" else list(PROMPTS)
 
 
-def _tune(args: argparse.Namespace, words: str) -> None:
+def _tune(argv: Sequence[str]) -> None:
+    args, words = build_parser().parse_args(argv), shlex.join([PROGRAM, *argv])
+    _check(args)
     import agentsd
     from agentsd import AgentSDConfig, AgentSDWarning, pipelines, results
     from agentsd.tune import Measurements, Target, Tuner, Verified
+    from agentsd.tune.plots import draw_front
 
     # The error is measured, and whole images decide.
     warnings.filterwarnings("ignore", "interval of steps", AgentSDWarning)
@@ -116,11 +107,10 @@ def _tune(args: argparse.Namespace, words: str) -> None:
         guidance = 4.0 if args.model == "demo" else 7.5
     call = {"num_inference_steps": args.steps, "guidance_scale": guidance, "height": args.height, "width": args.width}
     environment = results.environment(str(device))
-    about = {key: environment[key] for key in ("device", "threads", "torch", "diffusers")}
     settings = {
         "model": args.model,
         "dtype": str(dtype).removeprefix("torch."),
-        **about,
+        **{key: environment[key] for key in ("device", "threads", "torch", "diffusers")},
         "agentsd": agentsd.__version__,
         "prompts": prompts,
         "call": call,
@@ -140,10 +130,10 @@ def _tune(args: argparse.Namespace, words: str) -> None:
     result = tuner.result(target, best, verified)
     measurements.write(command=words, result=result)
     assert best.predicted is not None
-    machine = f"{about['device']}, {about['threads']} threads, torch {about['torch']}, diffusers {about['diffusers']}"
+    about = f"model {args.model}, {settings['dtype']}, {args.steps} steps, {len(prompts)} prompts"
     comments = [
         f"Found by agentsd {agentsd.__version__}: {words}",
-        f"model {args.model}, {settings['dtype']}, {args.steps} steps, {len(prompts)} prompts, {machine}",
+        f"{about}, {results.machine(environment)}",
         f"predicted: {best.predicted[0]:.2f} times as fast as stock, error {best.predicted[1]:.4f}",
         f"measured: {best}",
         "The error is the root-mean-square error against the stock images of the same seeds, from 0 to 1.",
@@ -154,8 +144,6 @@ def _tune(args: argparse.Namespace, words: str) -> None:
         print(f"{'→' if one is best else ' '} {one.name}: {one}{predicted}")
     print(f"wrote {args.output} and {measurements.path}")
     if importlib.util.find_spec("matplotlib"):
-        from agentsd.tune.plots import draw_front
-
         draw_front(result, picture := args.output.with_suffix(".png"))
         print(f"wrote {picture}")
     else:
