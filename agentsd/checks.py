@@ -55,7 +55,11 @@ def names(name: str, value: object, allowed: Sequence[str] | None = None) -> tup
 
 
 def known_fields(what: str, values: Iterable[str], kind: type | Iterable[str]) -> None:
-    """Keys that are all fields of a dataclass, or among the names given."""
-    allowed = [item.name for item in dataclasses.fields(kind)] if isinstance(kind, type) else list(kind)
+    """Keys that are all fields of a dataclass, and all that have no default; or all among the names given."""
+    fields = dataclasses.fields(kind) if isinstance(kind, type) else ()
+    allowed = [item.name for item in fields] if isinstance(kind, type) else list(kind)
     if unknown := [key for key in values if key not in allowed]:
         raise ValueError(f"{what} has no field {unknown[0]!r}; its fields are {', '.join(allowed)}")
+    for item in fields:
+        if item.default is item.default_factory is dataclasses.MISSING and item.name not in values:
+            raise ValueError(f"{what} needs the field {item.name!r}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from agentsd.evaluation.scorer import Scorer
 
 PROGRAM = "agentsd-eval"
+MAKE = ("limit", "captions", "model_config", "allow_pickle", "device", "threads", "quiet")  # arguments of run.make
 EXAMPLES = """examples:
   agentsd-eval run --protocol demo --limit 64
   agentsd-eval run --protocol paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reference ILSVRC2012/val
@@ -169,7 +170,7 @@ def _scores(args: argparse.Namespace, scores: "Scores") -> "Scores":
 
 def _make(args: argparse.Namespace, protocol: "Protocol", state: Any) -> "tuple[Run, list[str]]":
     command.quieten()
-    from agentsd.evaluation.run import Source, available, make
+    from agentsd.evaluation.run import available, make
     from agentsd.methods import method
 
     if protocol.model is None:
@@ -180,15 +181,10 @@ def _make(args: argparse.Namespace, protocol: "Protocol", state: Any) -> "tuple[
     run = make(
         protocol,
         methods,
-        Source(protocol.model, args.model_config, args.allow_pickle),
         args.output or Path("runs") / protocol.name,
         state,
-        limit=args.limit,
-        captions=args.captions,
-        device=args.device,
-        threads=args.threads,
         command=args.words,
-        quiet=args.quiet,
+        **{name: getattr(args, name) for name in MAKE},
     )
     return run, notes
 
@@ -196,11 +192,10 @@ def _make(args: argparse.Namespace, protocol: "Protocol", state: Any) -> "tuple[
 def _scorer(args: argparse.Namespace, scores: "Scores", device: str | None = None) -> "Scorer":
     command.quieten()
     from agentsd import pipelines
-    from agentsd.evaluation.networks import Weights, needs
+    from agentsd.evaluation.networks import Weights, require
     from agentsd.evaluation.scorer import Scorer
 
-    with needs("matplotlib", "eval"):
-        import matplotlib  # noqa: F401
+    require("jinja2", "matplotlib")
     weights = Weights(args.inception_weights, args.lpips_weights, args.clip, args.dinov2, args.checker)
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentsd"
     return Scorer(scores, weights, pipelines.find_device(args.device or device), cache, quiet=args.quiet)
@@ -248,15 +243,15 @@ def _name(paths: Sequence[Path]) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from agentsd.evaluation import report, texts
+    from agentsd.evaluation import report
 
     if bool(args.into) == bool(args.results):
-        raise ValueError("report needs RESULTS, or --into with texts")
+        raise ValueError("report needs RESULTS, or --into with documents")
     if args.into:
-        texts.fill(args.into)
+        report.fill(args.into)
         _name(args.into)
     elif args.table or args.columns:
-        print(texts.summary(args.results, args.columns))
+        print(report.summary(args.results, args.columns))
     else:
         folder = args.results if args.results.is_dir() else args.results.parent
         _name(report.write(report.read(args.results), folder))

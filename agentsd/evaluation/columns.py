@@ -28,54 +28,40 @@ class Column:
         return {"less": "↓", "more": "↑"}.get(self.better, "")
 
 
-# network: labels of the Fréchet and the kernel distance, and where the features come from
-_DISTANCES = {
-    "inception": ("FID", "KID ×1000", "Inception"),
-    "pytorch-fid": ("FID (pytorch-fid)", None, "Inception, as pytorch-fid feeds it"),
-    "dinov2": ("FD-DINOv2", "KD-DINOv2 ×1000", "DINOv2"),
-    "checker": ("Fréchet distance (checker)", "kernel distance (checker) ×1000", "the embedded attribute checker"),
-}
-_STOCK = "to the stock image of the same seed"
-# pair: label, better, digits, explanation
-_PAIRS = {
-    "psnr": ("PSNR, dB", "more", 1, f"{_STOCK}, median"),
-    "ssim": ("SSIM", "more", 4, _STOCK),
-    "ms-ssim": ("MS-SSIM", "more", 4, _STOCK),
-    "lpips": ("LPIPS ({})", "less", 4, _STOCK),
-    "checker": ("checker distance", "less", 4, "LPIPS's formula on the attribute checker's layers, to the stock image"),
-}
-
-
 def columns(scores: Scores) -> list[Column]:
-    """The scores of a protocol, in the order of the tables; a folder may lack some."""
-    found = []
-    for network in scores.features:
-        frechet, kernel, where = _DISTANCES[network]
-        about = f"to the reference in features of {where}"
-        found.append(Column(f"{network}_frechet", frechet, "less", 2, f"Fréchet distance {about}"))
-        if kernel:
-            found.append(Column(f"{network}_kernel", kernel, "less", 3, f"kernel distance {about}"))
-        if network == "inception":
-            found.append(Column("inception_score", "IS", "more", 2, "inception score"))
-        if network in ("inception", "dinov2"):
-            for name, about in (
-                ("precision", "share within the reference"),
-                ("recall", "share of the reference covered"),
-            ):
-                found.append(Column(f"{network}_{name}", f"{name} ({where})", "more", 3, about))
-    if "clip" in scores.adherence:
-        found.append(Column("clip", "CLIP score", "more", 2, f"100 × cosine of image and prompt, {scores.clip}"))
-    attributes = []
-    if "attributes" in scores.adherence:
-        from agentsd.demo.checker import ATTRIBUTES
+    """Every score that there is, in the order of the tables."""
+    from agentsd.demo.checker import ATTRIBUTES
 
-        about = "images in which the attribute checker finds all that is asked for, and nothing else"
-        found.append(Column("attributes_all", "all right, %", "more", 1, about))
-        about = "share of what is asked for that the attribute checker reads"
-        attributes = [Column(f"attributes_{name}", f"{name}, %", "more", 1, f"{about}: {name}") for name in ATTRIBUTES]
-    for name in scores.pairs:
-        label, better, digits, about = _PAIRS[name]
-        found.append(Column(name, label.format(scores.lpips), better, digits, about))
-    if "psnr" in scores.pairs:
-        found.append(Column("psnr_worst", "worst PSNR, dB", "more", 1, "of any image to its stock image"))
-    return found + attributes
+    distance, stock = "to the reference in features of", "to the stock image of the same seed"
+    pytorch_fid, checker = "Inception, as pytorch-fid feeds it", "the embedded attribute checker"
+    found = [
+        ("inception_frechet", "FID", "less", 2, f"Fréchet distance {distance} Inception"),
+        ("inception_kernel", "KID ×1000", "less", 3, f"kernel distance {distance} Inception"),
+        ("inception_score", "IS", "more", 2, "inception score"),
+        ("inception_precision", "precision (Inception)", "more", 3, "share within the reference"),
+        ("inception_recall", "recall (Inception)", "more", 3, "share of the reference covered"),
+        ("pytorch-fid_frechet", "FID (pytorch-fid)", "less", 2, f"Fréchet distance {distance} {pytorch_fid}"),
+        ("dinov2_frechet", "FD-DINOv2", "less", 2, f"Fréchet distance {distance} DINOv2"),
+        ("dinov2_kernel", "KD-DINOv2 ×1000", "less", 3, f"kernel distance {distance} DINOv2"),
+        ("dinov2_precision", "precision (DINOv2)", "more", 3, "share within the reference"),
+        ("dinov2_recall", "recall (DINOv2)", "more", 3, "share of the reference covered"),
+        ("checker_frechet", "Fréchet distance (checker)", "less", 2, f"Fréchet distance {distance} {checker}"),
+        ("checker_kernel", "kernel distance (checker) ×1000", "less", 3, f"kernel distance {distance} {checker}"),
+        ("clip", "CLIP score", "more", 2, f"100 × cosine of image and prompt, {scores.clip}"),
+        (
+            "attributes_all",
+            "all right, %",
+            "more",
+            1,
+            "images with all that is asked for, and nothing else",
+        ),
+        ("psnr", "PSNR, dB", "more", 1, f"{stock}, median"),
+        ("ssim", "SSIM", "more", 4, stock),
+        ("ms-ssim", "MS-SSIM", "more", 4, stock),
+        ("lpips", f"LPIPS ({scores.lpips})", "less", 4, stock),
+        ("checker", "checker distance", "less", 4, f"LPIPS's formula on the attribute checker's layers, {stock}"),
+        ("psnr_worst", "worst PSNR, dB", "more", 1, "of any image to its stock image"),
+    ]
+    read = "share of what is asked for that the attribute checker reads"
+    found += [(f"attributes_{name}", f"{name}, %", "more", 1, f"{read}: {name}") for name in ATTRIBUTES]
+    return [Column(*row) for row in found]

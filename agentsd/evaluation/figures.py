@@ -6,27 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from agentsd.evaluation.networks import needs
+from agentsd.evaluation.networks import require
 
 INK = "#123456"  # becomes the colour of the page's text
-COLOURS = {
-    "stock": "#7f7f7f",
-    "tomesd": "#e08214",
-    "paper": "#3b7dd8",
-    "faithful": "#2ca05a",
-    "fast": "#12a8a8",
-    "turbo": "#7b61d9",
-    "hires": "#8a8f2a",
-    "deepcache": "#a05bc8",
-    "tgate": "#c2556b",
-}
-OTHERS = ("#b8860b", "#5b8a3c", "#8a6d5b", "#d06fa8")
+GREY = "#7f7f7f"
 
 
 def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Title and SVG of each figure: quality against speed with the Pareto front, and bars with intervals."""
-    with needs("matplotlib", "eval"):
-        import matplotlib
+    require("matplotlib")
+    import matplotlib
 
     matplotlib.use("Agg")
     ink = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), INK)
@@ -67,13 +56,14 @@ def pareto(points: Sequence[tuple[float, float]], less: bool) -> list[int]:
     return front[::-1]
 
 
+def _families(result: dict[str, Any]) -> dict[str, str]:
+    """The colour of each method's name without its options: stock is grey, the others matplotlib's in their order."""
+    names = dict.fromkeys(map(_family, result["methods"][1:]))
+    return {name: f"C{index}" for index, name in enumerate(names)} | {_family(result["methods"][0]): GREY}
+
+
 def _family(row: dict[str, Any]) -> str:
-    """The name of a method without its options."""
     return str(row["method"]).partition(":")[0]
-
-
-def _colour(name: str) -> str:
-    return COLOURS.get(name) or OTHERS[sum(name.encode()) % len(OTHERS)]
 
 
 def _known(result: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -87,23 +77,19 @@ def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
     rows = [row for row in _known(result, column["key"]) if "speed" in row["time"]]
     points = [(row["time"]["speed"], row["scores"][column["key"]]["value"]) for row in rows]
     front = pareto(points, column["better"] == "less")
-    xs, ys = zip(*[points[i] for i in front], strict=True)
-    axis.plot(xs, ys, color=INK, alpha=0.25, linewidth=5, zorder=1, label="Pareto front")
-    families: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        families.setdefault(_family(row), []).append(index)
-    for name, members in families.items():
-        xs, ys = zip(*[points[i] for i in members], strict=True)
-        axis.plot(xs, ys, color=_colour(name), marker="o", markersize=5, linewidth=1, label=name, zorder=3)
+    axis.plot(*zip(*[points[i] for i in front], strict=True), color=INK, alpha=0.25, linewidth=5, label="Pareto front")
+    for name, colour in _families(result).items():
+        members = [i for i, row in enumerate(rows) if _family(row) == name]
+        if members:
+            xs, ys = zip(*[points[i] for i in members], strict=True)
+            axis.plot(xs, ys, color=colour, marker="o", markersize=5, linewidth=1, label=name, zorder=3)
         for i in members:
-            row = rows[i]["scores"][column["key"]]
-            if "interval" in row:
-                axis.plot([points[i][0]] * 2, row["interval"], color=_colour(name), alpha=0.45, linewidth=1.5, zorder=2)
+            if interval := rows[i]["scores"][column["key"]].get("interval"):
+                axis.plot([points[i][0]] * 2, interval, color=colour, alpha=0.45, linewidth=1.5)
             if len(members) > 1:
                 text = ",".join(re.findall(r"=([^,]*)", rows[i]["method"]))
                 axis.annotate(text, points[i], xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
-    arrow = {"less": " (less is better)", "more": " (more is better)"}.get(column["better"], "")
-    axis.set(xlabel="speed, × stock", ylabel=f"{column['label']}{arrow}")
+    axis.set(xlabel="speed, × stock", ylabel=f"{column['label']} ({column['better']} is better)")
     axis.grid(alpha=0.2, color=INK)
     figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     return _svg(figure, f"{column['label']} against speed")
@@ -112,24 +98,21 @@ def _scatter(result: dict[str, Any], column: dict[str, Any]) -> str:
 def _bars(result: dict[str, Any], column: dict[str, Any]) -> str:
     from matplotlib import pyplot as plt
 
-    rows = _known(result, column["key"])[::-1]
+    rows, colours = _known(result, column["key"])[::-1], _families(result)
     figure, axis = plt.subplots(figsize=(4.8, 0.9 + 0.24 * len(rows)), layout="constrained")
-    values = [row["scores"][column["key"]]["value"] for row in rows]
-    low, high = min(values), max(values)
     for height, row in enumerate(rows):
-        found, colour = row["scores"][column["key"]], _colour(_family(row))
+        found, colour = row["scores"][column["key"]], colours[_family(row)]
         if "interval" in found:
             axis.plot(found["interval"], [height] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
-            low, high = min(low, found["interval"][0]), max(high, found["interval"][1])
         axis.plot(found["value"], height, "o", color=colour, markersize=5)
         if "difference" in found:
             ends = [found["value"] - found["difference"]["value"] + end for end in found["difference"]["interval"]]
             axis.plot(ends, [height] * 2, color=colour, linewidth=2)
-        if row["method"] == result["methods"][0]["method"]:
+        if row is result["methods"][0]:
             axis.axvline(found["value"], color=INK, alpha=0.35, linewidth=1, linestyle="--")
     axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    axis.set_xlabel({"less": "← less is better", "more": "more is better →"}.get(column["better"], ""))
+    axis.set_xlabel({"less": "← less is better", "more": "more is better →"}[column["better"]])
     axis.grid(alpha=0.2, color=INK, axis="x")
     return _svg(figure, f"{column['label']}, with intervals")
 

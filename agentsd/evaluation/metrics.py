@@ -13,17 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.int64]  # resamples×images: how often each image is in each resample
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, the same for every resample of the images, and what the resamples are about.
-
-    Attributes:
-        value: of the images themselves.
-        resampled: of each resample; empty where there is no interval.
-    """
+    """A value of the images, and the same of each resample of them (none where there is no interval)."""
 
     value: float
     resampled: Array = field(default_factory=lambda: np.empty(0))
@@ -46,7 +42,7 @@ class Estimate:
         return Estimate(factor * self.value, factor * self.resampled)
 
 
-def resamples(images: int, count: int, seed: int = 0) -> NDArray[np.int64]:
+def resamples(images: int, count: int, seed: int = 0) -> Counts:
     """How often each image is in each resample, count×images: the same for every method, for the same seeds make
     their images."""
     rng = np.random.default_rng(seed)
@@ -78,61 +74,48 @@ def frechet_distance(features: Tensor, reference: Statistics) -> float:
     return next(iter(fid_statistics_to_metric(fid_features_to_statistics(features.double()), second, False).values()))
 
 
-class Frechet:
-    """The Fréchet distance to a reference, of the images and of each resample.
+def frechet(features: Tensor, reference: Statistics, counts: Counts, device: torch.device) -> Estimate:
+    """The Fréchet distance of n×d features to a reference, of the images and of each resample.
 
     `tr √(Σ Σ_r)` is the sum of the singular values of `√w (x − mean) √Σ_r / √(n − 1)`, whose squares are eigenvalues
     of the smaller of its two Gram matrices.
     """
+    center, covariance = (torch.from_numpy(array).to(device) for array in (reference.mean, reference.covariance))
+    values, vectors = torch.linalg.eigh(covariance)
+    every = features.double().to(device)
+    turned = every @ (vectors * values.clamp_min(0).sqrt() @ vectors.T)
 
-    def __init__(self, reference: Statistics, counts: NDArray[np.int64], device: torch.device) -> None:
-        self.reference, self.counts, self.device = reference, counts, device
-        covariance = torch.from_numpy(reference.covariance).to(device)
-        values, vectors = torch.linalg.eigh(covariance)
-        self.root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-        self.trace = covariance.trace()
-        self.mean = torch.from_numpy(reference.mean).to(device)
-
-    def __call__(self, features: Tensor) -> Estimate:
-        """Of n×d features."""
-        x = features.double().to(self.device)
-        y = x @ self.root
-        resampled = [self._resampled(x, y, torch.from_numpy(row).to(self.device)) for row in self.counts]
-        return Estimate(frechet_distance(features, self.reference), np.array(resampled))
-
-    def _resampled(self, x: Tensor, y: Tensor, counts: Tensor) -> float:
-        there = counts > 0
-        weights, x, y = counts[there].double()[:, None], x[there], y[there]
+    def resampled(row: Tensor) -> float:
+        drawn = row > 0
+        weights, x, y = row[drawn].double()[:, None], every[drawn], turned[drawn]
         count = weights.sum()
         mean = (weights * x).sum(0) / count
         spread = (weights * (x - mean).square()).sum() / (count - 1)
         z = weights.sqrt() * (y - (weights * y).sum(0) / count) / (count - 1).sqrt()
         gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
         root = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
-        return float((mean - self.mean).square().sum() + spread + self.trace - 2 * root)
+        return float((mean - center).square().sum() + spread + covariance.trace() - 2 * root)
+
+    found = [resampled(row) for row in torch.from_numpy(counts).to(device)]
+    return Estimate(frechet_distance(features, reference), np.array(found))
 
 
-class Kernel:
-    """The squared maximum mean discrepancy with KID's polynomial kernel, of the images and of each resample."""
+def kernel(features: Tensor, reference: Tensor, counts: Counts, subsets: int, subset_size: int) -> Estimate:
+    """The squared maximum mean discrepancy of n×d features to a reference with KID's polynomial kernel.
 
-    def __init__(self, reference: Tensor, counts: NDArray[np.int64], subsets: int, subset_size: int) -> None:
-        self.reference, self.counts, self.subsets, self.subset_size = reference, counts, subsets, subset_size
+    The value is torch-fidelity's mean over subsets; the resamples are of all images.
+    """
+    from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric
 
-    def __call__(self, features: Tensor) -> Estimate:
-        """Of n×d features; the value is torch-fidelity's mean over subsets."""
-        from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric
-
-        size = min(self.subset_size, len(features), len(self.reference))
-        found = kid_features_to_metric(
-            features.double(), self.reference.double(), kid_subsets=self.subsets, kid_subset_size=size, verbose=False
-        )
-        x, r = features.double().numpy(), self.reference.double().numpy()
-        inner, cross, n = kernel_poly(x, x), kernel_poly(x, r).mean(1), len(x)
-        counts = self.counts.astype(np.float64)
-        # An image that is drawn twice is no pair with itself; what depends on the reference alone is the same for all.
-        pairs = ((counts @ inner) * counts).sum(1) - counts**2 @ inner.diagonal()
-        resampled = pairs / np.maximum(n**2 - (counts**2).sum(1), 1) - 2 * counts @ cross / n
-        return Estimate(float(found["kernel_inception_distance_mean"]), resampled)
+    features, reference, n = features.double(), reference.double(), len(features)
+    size = min(subset_size, n, len(reference))
+    found = kid_features_to_metric(features, reference, kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    x, r, weights = features.numpy(), reference.numpy(), counts.astype(np.float64)
+    inner, cross = kernel_poly(x, x), kernel_poly(x, r).mean(1)
+    # An image that is drawn twice is no pair with itself; what depends on the reference alone is the same for all.
+    pairs = ((weights @ inner) * weights).sum(1) - weights**2 @ inner.diagonal()
+    resampled = pairs / np.maximum(n**2 - (weights**2).sum(1), 1) - 2 * weights @ cross / n
+    return Estimate(float(found["kernel_inception_distance_mean"]), resampled)
 
 
 def inception_score(logits: Tensor, splits: int) -> float:
@@ -151,18 +134,18 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int) -> tu
     return found["precision"], found["recall"]
 
 
-def mean(values: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+def mean(values: Sequence[float] | Array, counts: Counts) -> Estimate:
     """The mean of a number for each image."""
     return share(values, np.ones(len(values)), counts)
 
 
-def share(parts: Sequence[float] | Array, totals: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+def share(parts: Sequence[float] | Array, totals: Sequence[float] | Array, counts: Counts) -> Estimate:
     """The sum of one number for each image over the sum of another: what is right of what was asked."""
     part, total = np.asarray(parts, np.float64), np.asarray(totals, np.float64)
     return Estimate(float(part.sum() / total.sum()), (counts @ part) / (counts @ total))
 
 
-def median(values: Sequence[float] | Array, counts: NDArray[np.int64]) -> Estimate:
+def median(values: Sequence[float] | Array, counts: Counts) -> Estimate:
     """The median of a number for each image."""
     numbers = np.asarray(values, np.float64)
     resampled = [float(np.median(np.repeat(numbers, row))) for row in counts]

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -37,8 +38,7 @@ class Network:
     """A network that makes features of pictures.
 
     Attributes:
-        name: one of `protocols.NETWORKS`.
-        size: number of features.
+        name, size: one of `protocols.NETWORKS`, and the number of its features.
         sha256: of its weights.
         extract: B×3×H×W bytes → B×size features, and B×classes logits or None.
     """
@@ -60,72 +60,73 @@ def load_network(name: str, weights: Weights, hub: str, device: torch.device) ->
     Raises:
         ValueError: its library or its weights are not there.
     """
-    if name == "inception":
-        return _inception(weights.inception, device)
-    if name == "pytorch-fid":
-        return _pytorch_fid(weights.inception, device)
-    if name == "dinov2":
-        return _dinov2(weights.dinov2 or hub, device)
-    return _checker(weights.checker, device)
+    load = {"inception": _inception, "pytorch-fid": _pytorch_fid, "dinov2": _dinov2, "checker": _checker}[name]
+    model, size, features = load(weights, hub)
+    model = model.to(device)
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = features(images.to(device))
+        return found if isinstance(found, tuple) else (found, None)
+
+    return Network(name, size, state_hash(model), extract)
 
 
-def _inception(path: Path | None, device: torch.device) -> Network:
-    with needs("torch_fidelity", "eval"):
-        from torch_fidelity.utils import create_feature_extractor
-    layers = ["2048", "logits_unbiased"]
-    where = {"feature_extractor_weights_path": str(path) if path else None}
-    with _loading("FID's Inception", path, "--inception-weights"):
-        model = create_feature_extractor("inception-v3-compat", layers, cuda=False, verbose=False, **where).to(device)
-    return Network("inception", 2048, state_hash(model), lambda images: tuple(model(images.to(device))))
+# A model, the number of its features, and its features (and logits) of bytes.
+Loaded = tuple[nn.Module, int, Callable[[Tensor], Any]]
 
 
-def _pytorch_fid(path: Path | None, device: torch.device) -> Network:
-    with needs("pytorch_fid", "eval"):
-        from pytorch_fid.inception import FID_WEIGHTS_URL, InceptionV3
-    with _loading("FID's Inception", path, "--inception-weights"), _in_torch_hub(path, FID_WEIGHTS_URL):
-        model = InceptionV3().eval().to(device)
+def _inception(weights: Weights, _: str) -> Loaded:
+    require("torch_fidelity")
+    from torch_fidelity.utils import create_feature_extractor
 
-    def extract(images: Tensor) -> tuple[Tensor, None]:
-        return model(images.to(device).float() / 255)[0].flatten(1), None
+    path = weights.inception
+    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": path and str(path)}
+    with _loading("the weights of FID's Inception", path, "--inception-weights"):
+        model = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], **options)
+    return model, 2048, model
 
-    return Network("pytorch-fid", 2048, state_hash(model), extract)
+
+def _pytorch_fid(weights: Weights, _: str) -> Loaded:
+    require("pytorch_fid")
+    from pytorch_fid.inception import FID_WEIGHTS_URL, InceptionV3
+
+    path = weights.inception
+    with _loading("the weights of FID's Inception", path, "--inception-weights"), _in_torch_hub(path, FID_WEIGHTS_URL):
+        model = InceptionV3().eval()
+    return model, 2048, lambda images: model(images.float() / 255)[0].flatten(1)
 
 
-def _dinov2(source: str, device: torch.device) -> Network:
+def _dinov2(weights: Weights, hub: str) -> Loaded:
+    """The class token of 16×16 patches, as FD-DINOv2 takes it (Stein et al., NeurIPS 2023)."""
     from transformers import Dinov2Model
 
-    model = _from_pretrained(Dinov2Model, source, "DINOv2", "--dinov2").to(device)
-    patch = model.config.patch_size
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+    model = _from_pretrained(Dinov2Model, weights.dinov2 or hub, "DINOv2", "--dinov2")
+    side = 16 * model.config.patch_size
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
-    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The class token of 16×16 patches, as FD-DINOv2 takes it (Stein et al., NeurIPS 2023)."""
-        side = 16 * patch
-        x = F.interpolate(images.to(device).float() / 255, (side, side), mode="bicubic", antialias=True)
-        return model((x.clamp(0, 1) - mean) / std).last_hidden_state[:, 0], None
+    def features(images: Tensor) -> Tensor:
+        x = F.interpolate(images.float() / 255, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return model((x - mean.to(x)) / std.to(x)).last_hidden_state[:, 0]
 
-    return Network("dinov2", model.config.hidden_size, state_hash(model), extract)
+    return model, model.config.hidden_size, features
 
 
-def _checker(path: Path | None, device: torch.device) -> Network:
+def _checker(weights: Weights, _: str) -> Loaded:
     from agentsd.demo.checker import AttributeChecker
 
-    model = AttributeChecker.load(path).to(device)
-
-    def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return model.features(images.to(device).float() / 255), None
-
-    return Network("checker", model.squeeze.out_features, state_hash(model), extract)
+    model = AttributeChecker.load(weights.checker)
+    return model, model.squeeze.out_features, lambda images: model.features(images.float() / 255)
 
 
 def load_lpips(net: str, path: Path | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS of torchmetrics: B×3×H×W bytes twice → B distances; `path` holds torchvision's weights of `net`."""
-    with needs("torchmetrics", "eval"), needs("torchvision", "eval"):
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-        from torchvision import models
+    require("torchmetrics", "torchvision")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchvision import models
+
     kinds = {"alex": models.AlexNet_Weights, "vgg": models.VGG16_Weights, "squeeze": models.SqueezeNet1_1_Weights}
-    with _loading(f"LPIPS's network {net}", path, "--lpips-weights"), _in_torch_hub(path, kinds[net].DEFAULT.url):
+    what, url = f"the weights of LPIPS's network {net}", kinds[net].DEFAULT.url
+    with _loading(what, path, "--lpips-weights"), _in_torch_hub(path, url):
         metric = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True).to(device)
 
     def distance(images: Tensor, stock: Tensor) -> Tensor:
@@ -138,15 +139,25 @@ def load_lpips(net: str, path: Path | None, device: torch.device) -> Callable[[T
 
 @contextmanager
 def _loading(what: str, path: Path | None, option: str) -> Iterator[None]:
-    """Context in which weights that are not there, or are others, are a sentence."""
+    """Context in which weights that are not there, are others, or run code when loaded are a ValueError."""
     if path is not None:
-        check_state_dict(path, option)
+        if not path.is_file():
+            raise ValueError(f"{option} {path} is not a file")
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling raises many kinds
+            raise ValueError(f"{path} is not a file of weights ({one_line(error)})") from None
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if path is not None:
-            raise ValueError(f"{path} does not hold the weights of {what} ({one_line(error)})") from None
-        raise _absent(f"the weights of {what}", f"{option} names the file", error) from None
+        raise _absent(what, path, f"{option} names the file", error) from None
+
+
+def _absent(what: str, path: Path | None, how: str, error: Exception) -> ValueError:
+    if path is not None:
+        return ValueError(f"{path} does not hold {what} ({one_line(error)})")
+    reason = re.sub(r"[<>]", "", one_line(error))
+    return ValueError(f"{what} is not on this machine and could not be downloaded ({reason}); {how}")
 
 
 @contextmanager
@@ -216,20 +227,10 @@ def _from_pretrained(kind: Any, source: str, what: str, option: str) -> Any:
     try:
         loaded = kind.from_pretrained(source)
     except Exception as error:  # the hub's client and safetensors raise many kinds
-        if Path(source).is_dir():
-            raise ValueError(f"{source} does not hold {what} ({one_line(error)})") from None
-        raise _absent(f"{what} {source}", f"{option} names a folder or a hub id", error) from None
+        folder = Path(source) if Path(source).is_dir() else None
+        named = what if folder else f"{what} {source}"
+        raise _absent(named, folder, f"{option} names a folder or a hub id", error) from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, nn.Module) else loaded
-
-
-def check_state_dict(path: Path, option: str) -> None:
-    """Raise ValueError unless a file holds tensors and nothing that runs when loaded."""
-    if not path.is_file():
-        raise ValueError(f"{option} {path} is not a file")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many kinds
-        raise ValueError(f"{path} is not a file of weights ({one_line(error)})") from None
 
 
 def state_hash(model: nn.Module) -> str:
@@ -241,19 +242,9 @@ def state_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def needs(package: str, extra: str) -> Iterator[None]:
-    """Context in which an import that fails is a sentence that says what to install."""
-    try:
-        yield
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != package:
-            raise
-        raise ValueError(
-            f"this needs the package {package.replace('_', '-')}: pip install 'agentsd[{extra}]'"
-        ) from None
-
-
-def _absent(what: str, how: str, error: Exception) -> ValueError:
-    reason = re.sub(r"[<>]", "", one_line(error))
-    return ValueError(f"{what} is not on this machine and could not be downloaded ({reason}); {how}")
+def require(*packages: str) -> None:
+    """Raise ValueError, which says what to install, unless these packages of agentsd[eval] are installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise ValueError(f"this needs the package {name}: pip install 'agentsd[eval]'")

@@ -5,14 +5,13 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from agentsd.images import read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 KEY = "agentsd-eval"
@@ -56,39 +55,21 @@ def list_pictures(folder: Path, per_class: int | None = None, number: int | None
     return paths[:number]
 
 
-def as_tensor(image: "Image") -> Tensor:
-    """An RGB picture as 3×H×W bytes."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def read_image(path: Path, size: int | None = None, convert: bool = False) -> Tensor:
-    """A picture as 3×H×W bytes.
-
-    Args:
-        path: of the file.
-        size: scale the shorter side to so many pixels and cut out the middle.
-        convert: take pictures that are not RGB too.
+    """A picture as 3×H×W bytes, its shorter side scaled to `size` pixels and the middle cut out.
 
     Raises:
-        ValueError: it cannot be read, or is not RGB.
+        ValueError: it cannot be read, or is not RGB and not to be converted.
     """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image: Image.Image = file
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise ValueError(f"{path} is not a picture that can be read") from None
-    if image.mode != "RGB":
-        if not convert:
-            raise ValueError(f"{path} is a picture of mode {image.mode}; it must be RGB")
-        image = image.convert("RGB")
+    image = read_picture(path)
+    if image.mode != "RGB" and not convert:
+        raise ValueError(f"{path} is a picture of mode {image.mode}; it must be RGB")
+    image = image.convert("RGB")
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return as_tensor(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_batches(paths: Sequence[Path], batch: int, size: int | None = None, convert: bool = False) -> Iterator[Tensor]:

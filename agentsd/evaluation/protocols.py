@@ -7,21 +7,20 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from agentsd import checks
+from agentsd.demo.scenes import Scene, held_out_prompts, sample
+from agentsd.pipelines import DTYPES, SCHEDULERS
 
-PROMPT_SOURCES = ("scenes", "imagenet", "captions")
-REFERENCE_SOURCES = ("none", "scenes", "images")
 NETWORKS = ("inception", "pytorch-fid", "dinov2", "checker")
 PAIRS = ("psnr", "ssim", "ms-ssim", "lpips", "checker")
 ADHERENCE = ("clip", "attributes")
-LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
 SUFFIXES = (".yaml", ".yml")
+FOLDER = Path(__file__).parents[1] / "configs" / "protocols"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Prompts:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        checks.choice("prompts.source", self.source, PROMPT_SOURCES)
+        checks.choice("prompts.source", self.source, ("scenes", "imagenet", "captions"))
         checks.whole("prompts.number", self.number, 1)
         if not isinstance(self.template, str) or self.template.count("{}") != 1:
             checks.refuse("prompts.template", self.template, "text with {} in it once")
@@ -71,7 +70,7 @@ class Reference:
     seed: int = 2
 
     def __post_init__(self) -> None:
-        checks.choice("reference.source", self.source, REFERENCE_SOURCES)
+        checks.choice("reference.source", self.source, ("none", "scenes", "images"))
         for name in ("number", "per_class", "size"):
             checks.whole(f"reference.{name}", getattr(self, name), 1, optional=True)
         if self.source == "scenes" and self.number is None:
@@ -117,7 +116,7 @@ class Scores:
             object.__setattr__(self, name, checks.names(f"scores.{name}", getattr(self, name), allowed))
         for name in ("clip", "dinov2"):
             checks.text(f"scores.{name}", getattr(self, name))
-        checks.choice("scores.lpips", self.lpips, LPIPS_NETWORKS)
+        checks.choice("scores.lpips", self.lpips, ("alex", "vgg", "squeeze"))
         for name in ("kid_subsets", "neighbours", "splits", "bootstrap"):
             checks.whole(f"scores.{name}", getattr(self, name), 1)
         checks.whole("scores.kid_subset_size", self.kid_subset_size, 2)
@@ -164,8 +163,6 @@ class Protocol:
     scores: Scores = field(default_factory=Scores)
 
     def __post_init__(self) -> None:
-        from agentsd.pipelines import DTYPES, SCHEDULERS
-
         object.__setattr__(self, "methods", checks.names("methods", self.methods))
         if self.methods[:1] != ("stock",):
             raise ValueError(f"methods is {list(self.methods)}; its first must be stock, which the others compare with")
@@ -178,10 +175,8 @@ class Protocol:
         for name, least in (("seed", 0), ("steps", 1), ("batch", 1)):
             checks.whole(name, getattr(self, name), least)
         checks.number("guidance", self.guidance, 0)
-        if self.reference.source == "none" and self.scores.features:
-            raise ValueError(
-                f"scores.features is {list(self.scores.features)}; without a reference there is nothing to compare with"
-            )
+        if self.reference.source == "none" and (features := list(self.scores.features)):
+            raise ValueError(f"scores.features is {features}; without a reference there is nothing to compare with")
         scenes = self.prompts.source == "scenes"
         if not scenes and ("attributes" in self.scores.adherence or self.reference.source == "scenes"):
             raise ValueError(f"prompts.source is {self.prompts.source!r}; attributes and rendered scenes need scenes")
@@ -200,8 +195,7 @@ class Protocol:
 
 def names() -> tuple[str, ...]:
     """The protocols that come with the package."""
-    folder = files("agentsd") / "configs" / "protocols"
-    return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def load(name: str | Path) -> Protocol:
@@ -211,8 +205,7 @@ def load(name: str | Path) -> Protocol:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: there is no such protocol, or it has an unknown key or a value that is not allowed; the message
-            names the file.
+        ValueError: there is no such protocol, or a key or value is not allowed; the message names the file.
     """
     path = _path(name)
     values = _read(path)
@@ -224,24 +217,15 @@ def load(name: str | Path) -> Protocol:
 
 def from_dict(values: Mapping[str, Any]) -> Protocol:
     """The inverse of `Protocol.to_dict`."""
-    values = dict(values)
     checks.known_fields("a protocol", values, Protocol)
-    _complete(values, Protocol)
+    parts: dict[str, Any] = {}
     for key, kind in (("prompts", Prompts), ("reference", Reference), ("scores", Scores)):
         part = values.get(key, {})
         if not isinstance(part, Mapping):
             checks.refuse(key, part, "a mapping")
         checks.known_fields(key, part, kind)
-        _complete(part, kind, f"{key}.")
-        values[key] = kind(**part)
-    return Protocol(**values)
-
-
-def _complete(values: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
-    for item in dataclasses.fields(kind):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in values:
-            raise ValueError(f"{prefix}{item.name} is missing")
+        parts[key] = kind(**part)
+    return Protocol(**{**values, **parts})
 
 
 def _path(name: str | Path) -> Path:
@@ -249,7 +233,7 @@ def _path(name: str | Path) -> Path:
         return Path(name)
     if str(name) not in names():
         raise ValueError(f"protocol is {str(name)!r}; it must be one of {', '.join(names())}, or a .yaml file")
-    return Path(str(files("agentsd") / "configs" / "protocols" / f"{name}.yaml"))
+    return FOLDER / f"{name}.yaml"
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -286,23 +270,16 @@ def prompts(protocol: Protocol, captions: Path | None = None) -> list[str]:
     """
     source = protocol.prompts
     if source.source == "scenes":
-        from agentsd.demo.scenes import held_out_prompts
-
         texts: Sequence[str] = held_out_prompts(source.number, source.seed)
     elif source.source == "imagenet":
-        texts = class_names()
+        from torchvision.models import ResNet50_Weights
+
+        texts = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    elif captions is None:
+        raise ValueError(f"protocol {protocol.name} draws the captions of a file, which --captions names")
     else:
-        if captions is None:
-            raise ValueError(f"protocol {protocol.name} draws the captions of a file, which --captions names")
         texts = read_captions(captions)
     return [source.template.replace("{}", texts[index % len(texts)]) for index in range(source.number)]
-
-
-def class_names() -> tuple[str, ...]:
-    """The 1,000 class names of ImageNet-1k, from torchvision's metadata."""
-    from torchvision.models import ResNet50_Weights
-
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def read_captions(path: Path) -> list[str]:
@@ -329,9 +306,7 @@ def read_captions(path: Path) -> list[str]:
     return captions
 
 
-def reference_scenes(reference: Reference) -> list[Any]:
+def reference_scenes(reference: Reference) -> list[Scene]:
     """The scenes that are rendered for reference: as the prompts', but others."""
-    from agentsd.demo import scenes
-
     rng = random.Random(f"reference/{reference.seed}")
-    return [scenes.sample(rng, held_out=True) for _ in range(reference.number or 0)]
+    return [sample(rng, held_out=True) for _ in range(reference.number or 0)]

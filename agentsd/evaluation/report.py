@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import yaml
 
 from agentsd.evaluation.columns import Column
-from agentsd.evaluation.networks import needs
-from agentsd.results import markdown_table, read_json, write_json, write_text
+from agentsd.evaluation.networks import require
+from agentsd.results import filled, markdown_table, read_json, write_json, write_text
 
+MARK = "agentsd-eval"
 THUMBNAIL = 256
 PER_METHOD = 6
 LEGEND = (
@@ -38,11 +40,7 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read results.json, or that of a folder.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Read results.json, or that of a folder; ValueError if it is none."""
     file = path / "results.json" if path.is_dir() else path
     result = read_json(file)
     if not isinstance(result, dict) or not {"columns", "methods", "provenance"} <= result.keys():
@@ -90,27 +88,25 @@ def _columns(result: dict[str, Any]) -> list[Column]:
     return [Column(**column) for column in result["columns"]]
 
 
-def _grid(result: dict[str, Any], keys: list[str] | None = None) -> tuple[list[dict[str, str]], list[list[Cell]]]:
-    """Heads and rows of the table; `keys` chooses scores."""
+def _grid(result: dict[str, Any], keys: list[str] | None = None) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
+    """Heads with what they mean, and rows of the table; `keys` chooses scores."""
     shown = [column for column in _columns(result) if keys is None or column.key in keys]
     timed = [key for key in _TIMES if any(key in row.get("time", {}) for row in result["methods"])]
-    heads = [{"label": "method", "about": ""}]
-    heads += [{"label": _TIMES[key][0], "about": _TIMES[key][1]} for key in timed]
-    heads += [{"label": f"{column.label} {column.arrow}".strip(), "about": column.about} for column in shown]
+    heads = [("method", ""), *(_TIMES[key][:2] for key in timed)]
+    heads += [(f"{column.label} {column.arrow}".strip(), column.about) for column in shown]
     rows = []
     for row in result["methods"]:
         time = row.get("time", {})
-        cells = [Cell(row["method"])]
-        cells += [Cell(f"{time[key] / _TIMES[key][2]:.2f}") if key in time else Cell() for key in timed]
+        cells = [Cell(f"{time[key] / _TIMES[key][2]:.2f}") if key in time else Cell() for key in timed]
         cells += [_cell(column, row["scores"].get(column.key)) for column in shown]
-        rows.append(cells)
+        rows.append([Cell(row["method"]), *cells])
     return heads, rows
 
 
 def table(result: dict[str, Any], keys: list[str] | None = None) -> str:
     """The scores in Markdown; `keys` chooses columns."""
     heads, rows = _grid(result, keys)
-    return markdown_table([head["label"] for head in heads], [[str(cell) for cell in row] for row in rows])
+    return markdown_table([head for head, _ in heads], rows)
 
 
 def findings(result: dict[str, Any]) -> list[str]:
@@ -158,30 +154,19 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def page(result: dict[str, Any], folder: Path) -> str:
-    """The report in HTML, with figures and pictures inside.
-
-    Args:
-        result: what was found.
-        folder: where the paths of its pictures start.
-    """
+    """The report in HTML, with figures and pictures inside, whose paths start from `folder`."""
     from agentsd.evaluation.figures import figures
 
     heads, rows = _grid(result)
     stock, *others = result["methods"]
-    pairs = [
-        (
-            row["method"],
-            [_pair(stock["method"], row["method"], shown, folder) for shown in row["pictures"][:PER_METHOD]],
-        )
-        for row in others
-        if row["pictures"]
-    ]
+    pairs = [(row["method"], [_pair(stock, row, s, folder) for s in row["pictures"][:PER_METHOD]]) for row in others]
     return _render("report.html", result, heads=heads, rows=rows, figures=figures(result), pairs=pairs)
 
 
 def _render(template: str, result: dict[str, Any], **values: Any) -> str:
-    with needs("jinja2", "eval"):
-        from jinja2 import Environment, PackageLoader, select_autoescape
+    require("jinja2")
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
     lines: Any = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
     environment = Environment(loader=PackageLoader("agentsd.evaluation"), autoescape=select_autoescape(), **lines)
     rows, protocol = result["methods"], result["protocol"]
@@ -196,13 +181,15 @@ def _render(template: str, result: dict[str, Any], **values: Any) -> str:
     )
 
 
-def _pair(stock: str, method: str, shown: dict[str, Any], folder: Path) -> tuple[list[tuple[str, str]], str]:
+def _pair(
+    stock: dict[str, Any], row: dict[str, Any], shown: dict[str, Any], folder: Path
+) -> tuple[list[tuple[str, str]], str]:
     """Both pictures with their names, and the caption."""
-    sides = [(name, _thumbnail(folder / shown[key])) for name, key in ((stock, "stock_file"), (method, "file"))]
+    named = ((stock["method"], shown["stock_file"]), (row["method"], shown["file"]))
     caption = [f"“{shown['prompt']}”"] if shown.get("prompt") else []
     caption.append(f"image {shown['index']}")
     caption += [f"{k} {shown[k]:.4g}" for k in ("psnr", "lpips", "checker", "ssim") if shown.get(k) is not None]
-    return sides, ", ".join(caption)
+    return [(name, _thumbnail(folder / file)) for name, file in named], ", ".join(caption)
 
 
 def _thumbnail(path: Path) -> str:
@@ -214,3 +201,49 @@ def _thumbnail(path: Path) -> str:
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+# Tables in documents, made from the files of results that they name
+
+
+def renewed(document: Path) -> str:
+    """A document with new tables between `<!-- agentsd-eval FILE.json COLUMN … -->` and `<!-- /agentsd-eval -->`.
+
+    Paths start from the document's folder.
+
+    Raises:
+        ValueError: it has no such lines, or a file is not one of results.
+    """
+    return filled(document, MARK, lambda words: summary(document.parent / words[0], words[1:]))
+
+
+def fill(documents: list[Path]) -> None:
+    """Renew the tables of documents; where one cannot be, none is written."""
+    for document, text in [(document, renewed(document)) for document in documents]:
+        write_text(document, text)
+
+
+def summary(path: Path, columns: list[str] | None = None) -> str:
+    """The commands behind results.json or a run's folder, what they were run on, and the table in Markdown.
+
+    Raises:
+        ValueError: it is no file of results, or has none of `columns`, the keys of the scores to show.
+    """
+    result = read(path)
+    known = [column["key"] for column in result["columns"]]
+    if unknown := [key for key in columns or () if key not in known]:
+        raise ValueError(f"--columns is {unknown[0]!r}; it must be of {', '.join(known)}")
+    provenance = result["provenance"]
+    images, sessions = provenance.get("images", {}), provenance.get("sessions", [])
+    commands = [*(shlex.join(session["command"]) for session in sessions[-1:]), provenance["scored with"]["command"]]
+    machine: dict[str, Any] = sessions[-1] if sessions else {}
+    caption = [
+        result["title"],
+        images and f"{images['steps']} steps",
+        images.get("dtype"),
+        machine.get("device"),
+        machine and f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}",
+        *(machine and f"{name} {machine[name]}" for name in ("torch", "diffusers")),
+    ]
+    typed = "\n".join(dict.fromkeys(commands))
+    return f"```bash\n{typed}\n```\n\n*{', '.join(filter(None, caption))}*\n\n{table(result, columns)}"

@@ -3,7 +3,6 @@
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,6 @@ from agentsd.results import read_json, version
 FEW = 50  # images
 
 
-@dataclass(frozen=True)
-class Source:
-    """A name that `pipelines.load` takes, and its options."""
-
-    name: str
-    config: str | None = None
-    allow_pickle: bool = False
-
-    def path(self) -> Path:
-        """Where the model is, after its download where that is needed."""
-        options = {"allow_pickle": self.allow_pickle}
-        return pipelines.find(self.name, **options) or pipelines.download(self.name, **options)
-
-    def load(self, path: Path, run: Run) -> Any:
-        """The pipeline as the protocol of a run needs it."""
-        options: Any = {"allow_pickle": self.allow_pickle, "config": self.config}
-        pipe = pipelines.load(path, dtype=run.dtype, device=run.device, **options)
-        multiple = pipelines.size_multiple(pipe)
-        for name in ("width", "height"):
-            value = getattr(run.protocol, name)
-            if value is not None and value % multiple:
-                raise ValueError(f"{name} is {value}; it must be a multiple of {multiple} for this model")
-        if run.protocol.sampler:
-            pipelines.set_scheduler(pipe, run.protocol.sampler)
-        return pipe
-
-
 def available(methods: Sequence[Method], *, required: bool) -> tuple[tuple[Method, ...], list[str]]:
     """The methods that are installed, and a note for each that is not; ValueError if all are `required`."""
     absent = missing(methods)
@@ -61,12 +33,13 @@ def available(methods: Sequence[Method], *, required: bool) -> tuple[tuple[Metho
 def make(
     protocol: Protocol,
     methods: Sequence[Method],
-    source: Source,
     output: Path,
     state: Any,
     *,
     limit: int | None = None,
     captions: Path | None = None,
+    model_config: str | None = None,
+    allow_pickle: bool = False,
     device: str | None = None,
     threads: int = 1,
     command: Sequence[str] = (),
@@ -76,9 +49,9 @@ def make(
 
     Args:
         protocol, methods: what to make; the methods are those of the protocol that are installed.
-        source, output: the model, and the folder of the run.
-        state: `accelerate.PartialState`.
+        output, state: the folder of the run, and an `accelerate.PartialState`.
         limit, captions: only so many images of each method, and the file of a protocol that draws captions.
+        model_config, allow_pickle: as `pipelines.load` takes them.
         device, threads: None is the best device there is; the threads are of each process on a CPU.
         command, quiet: what was typed, for the record, and whether no progress is shown.
 
@@ -86,17 +59,32 @@ def make(
         ValueError: an option is not one of this protocol or model, or the folder holds another run.
         OSError: a file cannot be read or written; what is finished stays.
     """
+    assert protocol.model is not None
     prompts = tuple(protocols.prompts(protocol, captions))
     where = pipelines.find_device(device) if state.num_processes == 1 else state.device
     dtype = pipelines.find_dtype(protocol.dtype, where)
     if protocol.sampler:
         pipelines.check_scheduler(protocol.sampler)
+    pickled: dict[str, Any] = {"allow_pickle": allow_pickle}
     with state.main_process_first():
-        path = source.path()
+        path = pipelines.find(protocol.model, **pickled) or pipelines.download(protocol.model, **pickled)
         output.mkdir(parents=True, exist_ok=True)
-    number, model = min(limit or len(prompts), len(prompts)), (source.name, pipelines.fingerprint(path))
+
+    def load() -> Any:
+        pipe = pipelines.load(path, dtype=dtype, device=where, config=model_config, **pickled)
+        multiple = pipelines.size_multiple(pipe)
+        for name in ("width", "height"):
+            if (getattr(protocol, name) or 0) % multiple:
+                raise ValueError(
+                    f"{name} is {getattr(protocol, name)}; it must be a multiple of {multiple} for this model"
+                )
+        if protocol.sampler:
+            pipelines.set_scheduler(pipe, protocol.sampler)
+        return pipe
+
+    number, model = min(limit or len(prompts), len(prompts)), (protocol.model, pipelines.fingerprint(path))
     run = Run(protocol, tuple(methods), prompts, number, model, output, where, dtype, threads)
-    generate(run, lambda: source.load(path, run), state, command, quiet)
+    generate(run, load, state, command, quiet)
     return run
 
 
@@ -120,11 +108,8 @@ def score_run(
 ) -> dict[str, Any]:
     """The result for `report.write` of the images of a run.
 
-    Args:
-        folder, scorer: of the run, and what measures its images.
-        methods, limit: which images; None is all that were made.
-        reference: folder or statistics of real images.
-        notes, command: sentences for the report, and what was typed, for the record.
+    `methods` and `limit` choose images; `reference` is a folder or statistics of real ones; `notes` are sentences for
+    the report, `command` is what was typed, for the record.
     """
     run, protocol = read_run(folder)
     protocol = protocol.replace(scores=scorer.scores)
@@ -137,14 +122,12 @@ def score_run(
             raise ValueError(f"{absent[0]} is not there yet; generate makes it, --limit takes fewer images")
     stock = next(iter(sets))
     prompts = run["prompts"][:limit]
-    used = prompts if scorer.scores.adherence else None
-    result = score(sets, scorer, prompts=used, reference=protocol.reference, where=reference)
+    result = score(sets, scorer, prompts=prompts, reference=protocol.reference, where=reference)
     times = speeds(timings(folder), list(sets), stock)
     for row in result["methods"]:
-        row["settings"] = run["methods"][row["method"]]
-        row["settings_sha256"] = Method(row["method"], row["settings"]).sha256
-        if row["method"] in times:
-            row["time"] = times[row["method"]]
+        name, settings = row["method"], run["methods"][row["method"]]
+        row |= {"settings": settings, "settings_sha256": Method(name, settings).sha256}
+        row |= {"time": times[name]} if name in times else {}
         for shown in row["pictures"]:
             shown["prompt"] = prompts[shown["index"]]
     _name_pictures(result, sets, folder)

@@ -1,26 +1,30 @@
 """What is measured of pictures: features of networks, closeness to stock, and what the prompt asks for."""
 
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from agentsd.demo import checker
+from agentsd.demo.checker import AttributeChecker
+from agentsd.demo.scenes import Scene, parse, render
 from agentsd.evaluation import metrics, networks
 from agentsd.evaluation.metrics import Statistics
-from agentsd.evaluation.networks import Network, Weights, needs
+from agentsd.evaluation.networks import Network, Weights, require
 from agentsd.evaluation.pictures import content_hash, list_pictures, read_batches
 from agentsd.evaluation.protocols import Reference, Scores, reference_scenes
 from agentsd.results import write_bytes
 
 MS_SSIM_SIDE = 176  # five halvings and a window of 11
+Share = tuple[float, int]  # how much of a picture is right, of how much asked for
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,6 @@ class Features:
 
     values: Tensor
     logits: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the attribute checker reads of one kind: how much of each picture is right, of how much asked for."""
-
-    right: list[float]
-    asked: list[float]
 
 
 class Scorer:
@@ -55,29 +51,19 @@ class Scorer:
     def __init__(
         self, scores: Scores, weights: Weights, device: torch.device, cache: Path, batch: int = 32, quiet: bool = False
     ) -> None:
-        self.scores, self.weights, self.device = scores, weights, device
-        self.cache, self.batch, self.quiet = cache, batch, quiet
-        if scores.features:
-            with needs("torch_fidelity", "eval"):
-                import torch_fidelity  # noqa: F401
-        if scores.pairs:
-            with needs("torchmetrics", "eval"):
-                import torchmetrics  # noqa: F401
+        self.scores, self.device, self.cache, self.batch, self.quiet = scores, device, cache, batch, quiet
+        require(*["torch_fidelity"] * bool(scores.features), *["torchmetrics"] * bool(scores.pairs))
         self.networks = [networks.load_network(name, weights, scores.dinov2, device) for name in scores.features]
         self.clip = networks.load_clip(weights.clip or scores.clip, device) if "clip" in scores.adherence else None
-        self.distances = {name: self._distance(name) for name in scores.pairs}
-        self.checker = None
-        if "attributes" in scores.adherence:
-            from agentsd.demo.checker import AttributeChecker
-
-            self.checker = AttributeChecker.load(weights.checker).to(device)
-
-    def _distance(self, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-        if name == "lpips":
-            return networks.load_lpips(self.scores.lpips, self.weights.lpips, self.device)
-        if name == "checker":
-            return networks.load_checker_distance(self.weights.checker, self.device)
-        return partial(metrics.pair_distances, name)
+        self.distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        for name in scores.pairs:
+            if name == "lpips":
+                self.distances[name] = networks.load_lpips(scores.lpips, weights.lpips, device)
+            elif name == "checker":
+                self.distances[name] = networks.load_checker_distance(weights.checker, device)
+            else:
+                self.distances[name] = partial(metrics.pair_distances, name)
+        self.checker = AttributeChecker.load(weights.checker).to(device) if "attributes" in scores.adherence else None
 
     def check_number(self, images: int) -> None:
         """Raise ValueError if there are fewer images than features and nobody has allowed it."""
@@ -88,7 +74,7 @@ class Scorer:
                     "the covariance is singular; take more, or allow_singular (--allow-singular)"
                 )
 
-    def _bar(self, batches: Iterable[Tensor], title: str) -> Iterable[Tensor]:
+    def _bar(self, batches: Iterable[Tensor], title: str) -> Iterator[Tensor]:
         with tqdm(unit="image", desc=title, disable=self.quiet) as bar:
             for images in batches:
                 yield images
@@ -97,24 +83,18 @@ class Scorer:
     @torch.inference_mode()
     def _features(self, network: Network, key: str, batches: Iterable[Tensor], title: str) -> Features:
         """Read features from the cache, or extract them and keep them there."""
-        file = self.cache / f"{key}.npz"
+        file = self.cache / f"{key}.safetensors"
         try:
-            with np.load(file) as kept:
-                arrays = [torch.from_numpy(kept[name]) if name in kept else None for name in ("features", "logits")]
-            if arrays[0] is not None:
-                return Features(arrays[0], arrays[1])
-        except (OSError, ValueError, EOFError, BadZipFile):
+            return Features(**load_file(file))
+        except (OSError, SafetensorError):
             pass
         parts = [network.extract(images) for images in self._bar(batches, f"{title}: {network.name}")]
-        features = torch.cat([values.cpu() for values, _ in parts])
-        logits = [logits.cpu() for _, logits in parts if logits is not None]
-        found = Features(features, torch.cat(logits) if logits else None)
-        stream = io.BytesIO()
-        saved = {"features": features} | ({"logits": found.logits} if found.logits is not None else {})
-        np.savez(stream, allow_pickle=False, **{name: tensor.numpy() for name, tensor in saved.items()})
+        found = {"values": torch.cat([values.cpu() for values, _ in parts])}
+        if logits := [logits.cpu() for _, logits in parts if logits is not None]:
+            found["logits"] = torch.cat(logits)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, stream.getvalue())
-        return found
+        write_bytes(file, save(found))
+        return Features(**found)
 
     def features(self, network: Network, paths: Sequence[Path], title: str) -> Features:
         return self._features(network, content_hash(paths, network.tag), read_batches(paths, self.batch), title)
@@ -161,35 +141,26 @@ class Scorer:
         return found
 
     @torch.inference_mode()
-    def clip_scores(self, paths: Sequence[Path], prompts: Sequence[str], title: str) -> list[float]:
-        assert self.clip is not None
-        found: list[float] = []
-        for images in self._bar(read_batches(paths, self.batch), f"{title}: CLIP"):
-            found += self.clip(images, list(prompts[len(found) : len(found) + len(images)])).tolist()
-        return found
-
-    @torch.inference_mode()
-    def attributes(self, paths: Sequence[Path], prompts: Sequence[str], title: str) -> dict[str, Reading]:
-        """What the attribute checker reads, by attribute."""
-        from agentsd.demo.checker import score
-        from agentsd.demo.scenes import parse
-
-        assert self.checker is not None
-        seen = []
-        for images in self._bar(read_batches(paths, self.batch), f"{title}: attributes"):
-            seen += self.checker.read(images.to(self.device).float() / 255)
-        found: dict[str, Reading] = {}
-        for prompt, scene in zip(prompts, seen, strict=True):
-            for name, rights in score(parse(prompt), scene).items():
-                reading = found.setdefault(name, Reading([], []))
-                reading.right.append(sum(rights))
-                reading.asked.append(len(rights))
+    def adherence(self, paths: Sequence[Path], prompts: Sequence[str], title: str) -> dict[str, list[Share]]:
+        """What the prompts ask for: CLIP scores, and per cent of what the attribute checker reads, by attribute."""
+        found: dict[str, list[Share]] = {}
+        if self.clip is None and self.checker is None:
+            return found
+        start = 0
+        for images in self._bar(read_batches(paths, self.batch), f"{title}: prompts"):
+            asked = list(prompts[start : start + len(images)])
+            start += len(images)
+            if self.clip is not None:
+                found.setdefault("clip", []).extend((value, 1) for value in self.clip(images, asked).tolist())
+            if self.checker is not None:
+                seen = self.checker.read(images.to(self.device).float() / 255)
+                for prompt, scene in zip(asked, seen, strict=True):
+                    for name, rights in checker.score(parse(prompt), scene).items():
+                        found.setdefault(f"attributes_{name}", []).append((100 * sum(rights), len(rights)))
         return found
 
 
-def _rendered(scenes: list[Any], seed: int, batch: int = 32) -> Iterable[Tensor]:
-    from agentsd.demo.scenes import render
-
+def _rendered(scenes: list[Scene], seed: int, batch: int = 32) -> Iterator[Tensor]:
     for start in range(0, len(scenes), batch):
         images, _ = render(scenes[start : start + batch], seed=(seed << 20) + start)
         yield (images * 255).round().to(torch.uint8)
@@ -204,9 +175,7 @@ def read_statistics(path: Path, network: Network) -> Statistics:
     try:
         with np.load(path) as file:
             mean, covariance = np.array(file["mu"], np.float64), np.array(file["sigma"], np.float64)
-    except (ValueError, KeyError, EOFError, BadZipFile, OSError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise
+    except (ValueError, KeyError, EOFError, BadZipFile):
         raise ValueError(
             f"{path} does not hold statistics: it must have mu and sigma, as pytorch-fid writes them"
         ) from None

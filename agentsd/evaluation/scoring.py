@@ -30,11 +30,9 @@ def score(
     """Score sets of images of the same prompts and seeds.
 
     Args:
-        sets: name of the method → its images; the first is stock, which the others are compared with.
-        scorer: measures.
+        sets, scorer: name of the method → its images, the first stock's; and what measures them.
         prompts: one for each image.
-        reference: what the set of images is compared with.
-        where: folder or statistics of a reference of real images.
+        reference, where: what the set of images is compared with, and the folder or statistics of real images.
 
     Returns:
         `columns`, and for each method its `scores` and its most different `pictures`; ready for JSON.
@@ -59,8 +57,9 @@ def score(
             found[name][key] = (metrics.median if key == "psnr" else metrics.mean)(values, counts)
         if "psnr" in closeness[name]:
             found[name]["psnr_worst"] = Estimate(min(closeness[name]["psnr"]))
-        if prompts is not None:
-            found[name] |= _adherence(scorer, paths, prompts, name, counts)
+        for key, pairs in scorer.adherence(paths, prompts, name).items() if prompts is not None else ():
+            right, asked = zip(*pairs, strict=True)
+            found[name][key] = metrics.share(right, asked, counts)
     for network in scorer.networks:
         assert reference is not None
         known = scorer.reference(network, reference, where)
@@ -87,18 +86,6 @@ def score(
     }
 
 
-def _adherence(
-    scorer: Scorer, paths: Sequence[Path], prompts: Sequence[str], title: str, counts: Any
-) -> dict[str, Estimate]:
-    found = {}
-    if scorer.clip is not None:
-        found["clip"] = metrics.mean(scorer.clip_scores(paths, prompts, title), counts)
-    if scorer.checker is not None:
-        for name, reading in scorer.attributes(paths, prompts, title).items():
-            found[f"attributes_{name}"] = metrics.share(100 * np.array(reading.right), reading.asked, counts)
-    return found
-
-
 def _distances(
     network: Network, features: dict[str, Features], known: Statistics, scorer: Scorer, counts: Any
 ) -> dict[str, dict[str, Estimate]]:
@@ -106,16 +93,13 @@ def _distances(
     scores, name = scorer.scores, network.name
     if name == "checker":
         known, features = _standardised(known, features)
-    frechet = metrics.Frechet(known, counts, scorer.device)
-    kernel = None
-    if known.features is not None and name != "pytorch-fid":
-        kernel = metrics.Kernel(known.features, counts, scores.kid_subsets, scores.kid_subset_size)
     result = {}
     for method, seen in tqdm(features.items(), desc=f"{name}: intervals", disable=scorer.quiet):
-        found = {f"{name}_frechet": frechet(seen.values)}
-        if kernel is not None:
-            found[f"{name}_kernel"] = kernel(seen.values).times(1000)
-            if known.features is not None and name != "checker":
+        found = {f"{name}_frechet": metrics.frechet(seen.values, known, counts, scorer.device)}
+        if known.features is not None and name != "pytorch-fid":
+            distance = metrics.kernel(seen.values, known.features, counts, scores.kid_subsets, scores.kid_subset_size)
+            found[f"{name}_kernel"] = distance.times(1000)
+            if name != "checker":
                 precision, recall = metrics.precision_recall(seen.values, known.features, scores.neighbours)
                 found |= {f"{name}_precision": Estimate(precision), f"{name}_recall": Estimate(recall)}
         if seen.logits is not None:

@@ -25,7 +25,7 @@ from PIL import Image
 import agentsd
 from agentsd import results
 from agentsd.cli.evaluate import main
-from agentsd.evaluation import figures, generation, pictures, protocols, report, texts
+from agentsd.evaluation import figures, generation, pictures, protocols, report
 from agentsd.evaluation.networks import Weights, load_clip, load_network
 from agentsd.evaluation.pictures import is_finished, label
 from agentsd.evaluation.timing import Timing, speeds, timings
@@ -138,7 +138,7 @@ def test_demo_is_measured_at_every_ratio_beside_every_peer() -> None:
     [
         ({"stepps": 3}, "a protocol has no field 'stepps'; its fields are name, description"),
         ({"prompts": {"source": "scenes", "number": 8, "sead": 1}}, "prompts has no field 'sead'"),
-        ({"prompts": {"number": 8}}, "prompts.source is missing"),
+        ({"prompts": {"number": 8}}, "prompts needs the field 'source'"),
         ({"prompts": {"source": "books", "number": 8}}, "prompts.source is 'books'; it must be one of scenes, "),
         ({"prompts": {"source": "captions", "number": 8, "template": "a"}}, "with {} in it once"),
         ({"scores": {"features": ["inseption"]}}, "scores.features is 'inseption'"),
@@ -469,7 +469,7 @@ def test_run_generates_scores_and_reports(evaluate: Run, tmp_path: Path, capsys:
 
 def test_the_tables_of_the_texts_are_those_of_the_results() -> None:
     text = ROOT / "docs" / "benchmarks.md"
-    assert texts.renewed(text) == text.read_text(encoding="utf-8")
+    assert report.renewed(text) == text.read_text(encoding="utf-8")
 
 
 def test_what_has_no_table_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -480,7 +480,7 @@ def test_what_has_no_table_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
         (["--into", "text.md"], "text.md has no lines <!-- agentsd-eval -->"),
         (["--into", "place.md"], "other.json is not a file of results"),
         (["other.json", "--table"], "other.json is not a file of results"),
-        ([], "report needs RESULTS, or --into with texts"),
+        ([], "report needs RESULTS, or --into with documents"),
     ):
         assert main(["report", *(str(tmp_path / word) if "." in word else word for word in options)]) == 2
         error = capsys.readouterr().err.strip()

@@ -21,7 +21,7 @@ from agentsd.demo.checker import AttributeChecker
 from agentsd.demo.scenes import held_out_prompts
 from agentsd.evaluation import metrics
 from agentsd.evaluation.columns import Column
-from agentsd.evaluation.metrics import Estimate, Frechet, Kernel, Statistics, frechet_distance, resamples
+from agentsd.evaluation.metrics import Estimate, Statistics, frechet, frechet_distance, kernel, resamples
 from agentsd.evaluation.networks import (
     Network,
     Weights,
@@ -91,7 +91,7 @@ def test_a_resample_is_the_distance_of_the_images_drawn(count: int, size: int) -
     x, reference = features(count, size, 1), Statistics.of(features(200, size, 2, 0.2))
     counts = resamples(count, 3)
     assert (counts.sum(1) == count).all()
-    found = Frechet(reference, counts, CPU)(x)
+    found = frechet(x, reference, counts, CPU)
     for row, value in zip(counts, found.resampled, strict=True):
         drawn = x[np.repeat(np.arange(count), row)]
         assert value == pytest.approx(frechet_distance(drawn, reference), rel=1e-6)
@@ -114,7 +114,7 @@ def brute_mmd(x: np.ndarray, y: np.ndarray, labels: np.ndarray | None = None) ->
 def test_kernel_distance_by_brute_force() -> None:
     x, y = features(14, 5, 1), features(14, 5, 2, 0.4)
     counts = resamples(14, 4)
-    found = Kernel(y, counts, subsets=2, subset_size=14)(x)
+    found = kernel(x, y, counts, subsets=2, subset_size=14)
     assert found.value == pytest.approx(brute_mmd(x.numpy(), y.numpy()), rel=1e-9)
     drawn = []
     for row in counts:
@@ -141,7 +141,7 @@ def test_frechet_intervals_hold_the_value_of_other_images_of_the_same_number() -
     distances = [frechet_distance(part, reference) for part in pool]
     held = []
     for part in pool:
-        low, high = Frechet(reference, counts, CPU)(part).interval() or (0, 0)
+        low, high = frechet(part, reference, counts, CPU).interval() or (0, 0)
         held.append(low <= np.mean(distances) <= high)
     assert np.mean(held) >= 0.8
 
