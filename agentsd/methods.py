@@ -20,22 +20,27 @@ from agentsd.hosts.diffusers_unet import find_layers
 from agentsd.planning import Planner
 from agentsd.results import version
 
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """`name:key=value,key=value` → the name and the options, their values read as YAML; lists are written [1+2]."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for assignment in filter(None, rest.split(",")):
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"method is {text!r}; options are written name:key=value,key=value")
+        options[key] = yaml.safe_load(value.replace("+", ", ") if value.startswith("[") else value)
+    return name, options
+
+
 PEERS = {"tomesd": "tomesd", "deepcache": "DeepCache", "tgate": "tgate"}
-# The peers' options and what they are unless told otherwise.
-PEER_OPTIONS: dict[str, dict[str, Any]] = {
-    "tomesd": {
-        "ratio": 0.5,
-        "max_downsample": 1,
-        "sx": 2,
-        "sy": 2,
-        "use_rand": True,
-        "merge_attn": True,
-        "merge_crossattn": False,
-        "merge_mlp": False,
-    },
-    "deepcache": {"cache_interval": 3, "cache_branch_id": 0, "skip_mode": "uniform"},
-    "tgate": {"gate_step": 10, "sp_interval": 5, "fi_interval": 1, "warm_up": 2},
-}
+# Their options and what they are unless told otherwise.
+_DEFAULTS = (
+    "tomesd:ratio=0.5,max_downsample=1,sx=2,sy=2,use_rand=true,merge_attn=true,merge_crossattn=false,merge_mlp=false",
+    "deepcache:cache_interval=3,cache_branch_id=0,skip_mode=uniform",
+    "tgate:gate_step=10,sp_interval=5,fi_interval=1,warm_up=2",
+)
+PEER_OPTIONS = dict(map(parse, _DEFAULTS))
 _FLOOR = {"of": "paper", "levels": None}
 
 
@@ -78,18 +83,6 @@ class Method:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """`name:key=value,key=value` → the name and the options, their values read as YAML; lists are written [1+2]."""
-    name, _, rest = text.partition(":")
-    options = {}
-    for assignment in filter(None, rest.split(",")):
-        key, equals, value = assignment.partition("=")
-        if not equals or not key:
-            raise ValueError(f"method is {text!r}; options are written name:key=value,key=value")
-        options[key] = yaml.safe_load(value.replace("+", ", ") if value.startswith("[") else value)
-    return name, options
-
-
 def method(text: str) -> Method:
     """Look a method up.
 
@@ -106,11 +99,10 @@ def method(text: str) -> Method:
         raise ValueError(f"method is {text!r}; {name} has no options")
     if name in ("stock", "xformers"):
         return Method(text, {})
-    known = PEER_OPTIONS | {"floor": _FLOOR}
-    if name in known:
-        checks.known_fields(f"method {text!r}: {name}", options, known[name])
+    if known := _FLOOR if name == "floor" else PEER_OPTIONS.get(name):
+        checks.known_fields(f"method {text!r}: {name}", options, known)
         found = {"version": version(PEERS[name])} if name in PEERS else {}
-        return Method(text, found | known[name] | options)
+        return Method(text, found | known | options)
     config = configuration(name)
     try:
         return Method(text, config.assign(options).to_dict())

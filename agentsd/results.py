@@ -18,17 +18,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def _write(path: Path, content: bytes, *, replace: bool) -> None:
+def _write(path: Path, content: bytes, put: Callable[[Path, Path], None]) -> None:
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with unfinished.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        if replace:
-            os.replace(unfinished, path)
-        else:
-            _link(unfinished, path)
+        put(unfinished, path)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
@@ -48,21 +45,19 @@ def _link(unfinished: Path, path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that appears complete or not at all; an OSError names it."""
-    _write(path, content, replace=True)
+    _write(path, content, os.replace)
 
 
 def claim(path: Path, content: bytes) -> None:
     """Write a file that appears complete or not at all; FileExistsError if the name is taken."""
-    _write(path, content, replace=False)
+    _write(path, content, _link)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8, complete or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, complete or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -87,7 +82,6 @@ def png(image: "Image", text: Mapping[str, str] | None = None) -> bytes:
 
 
 def write_image(path: Path, image: "Image", *, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG file with text chunks, complete or not at all."""
     write_bytes(path, png(image, text))
 
 
@@ -97,14 +91,12 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
     stream = BytesIO()
     # Without a date, the same figure makes the same bytes.
-    date = {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(stream, format=path.suffix[1:], metadata=date)
+    figure.savefig(stream, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else {})
     plt.close(figure)
     write_bytes(path, stream.getvalue())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -131,9 +123,6 @@ def filled(document: Path, mark: str, text: str | Callable[[list[str]], str]) ->
         document: where it is.
         mark: the first word of the lines.
         text: what to put there, or what makes it of the words after the mark.
-
-    Raises:
-        ValueError: the document has no such lines.
     """
     pattern = re.compile(rf"(<!-- {re.escape(mark)} ([^>\n]*)-->\n).*?(<!-- /{re.escape(mark)} -->)", re.DOTALL)
 
@@ -187,5 +176,5 @@ def _driver() -> str:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
