@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     about = "Measure what an acceleration does to the images."
     parser = Parser(prog=PROGRAM, description=about, epilog=EXAMPLES, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    methods: dict[str, Any] = {"action": "append", "metavar": "NAME[:KEY=VALUE,…]"}
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     files: dict[str, Any] = {"type": Path, "metavar": "FILE"}
     numbers: dict[str, Any] = {"type": whole(1), "metavar": "N"}
 
@@ -45,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = what.add_argument_group("what to make").add_argument
     every = f"{', '.join(names())}, or a .yaml file (default: demo)"
     add("--protocol", default="demo", metavar="NAME|FILE", help=every)
-    add("--method", **methods, help="these instead of the protocol's: stock, a preset or a peer; repeatable")
-    add("--limit", **numbers, help="only the first N images of each method")
+    some = "these instead of the protocol's: stock, a preset or a peer; repeatable"
+    add("--method", action="append", metavar="NAME[:KEY=VALUE,…]", help=some)
     add("--steps", **numbers, help="denoising steps (default: the protocol's)")
     add("--captions", **files, help="for protocols that draw captions: .json of COCO, .tsv or .txt")
     add = what.add_argument_group("model").add_argument
@@ -58,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", **numbers, default=1, help="of each process on a CPU; the images depend on them (default: 1)")
 
     where = Parser(add_help=False)
-    add = where.add_argument_group("where").add_argument
+    add = where.add_argument_group("run").add_argument
+    add("--limit", **numbers, help="only the first N images of each method")
     add("--output", type=Path, metavar="FOLDER", help="of the run (default: runs/PROTOCOL)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: the best there is)")
     add("--quiet", action="store_true", help="no progress bars")
@@ -78,18 +78,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bootstrap", **numbers, help="resamples behind the intervals (default: the protocol's)")
     add("--cache", type=Path, metavar="FOLDER", help="of features, by the hash of images (default: ~/.cache/agentsd)")
 
-    def subcommand(name: str, text: str, *parents: Parser) -> argparse.ArgumentParser:
-        about = f"{text[0].upper()}{text[1:]}."
-        return commands.add_parser(name, help=text, description=about, parents=parents, formatter_class=formatter)
+    def subcommand(work: Callable[..., None], text: str, *parents: Parser) -> Callable[..., Any]:
+        options: Any = {"help": text, "description": f"{text[0].upper()}{text[1:]}.", "formatter_class": formatter}
+        parser = commands.add_parser(work.__name__[1:], parents=parents, **options)
+        parser.set_defaults(work=work)
+        return parser.add_argument
 
-    subcommand("run", "generate, score and report", what, where, how)
-    subcommand("generate", "make the images; what is finished is kept", what, where)
-    add = subcommand("score", "score the images of a run, or folders of images", where, how).add_argument
+    subcommand(_run, "generate, score and report", what, where, how)
+    subcommand(_generate, "make the images; what is finished is kept", what, where)
+    add = subcommand(_score, "score the images of a run, or folders of images", where, how)
     add("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: --output)")
     folders = "folders instead of a run, pictures in the order of their names; the first is stock; repeatable"
     add("--images", action="append", metavar="NAME=FOLDER", help=folders)
-    add("--limit", **numbers, help="only the first N images of each method")
-    add = subcommand("report", "write the report of a results.json again, or print its table").add_argument
+    add = subcommand(_report, "write the report of a results.json again, or print its table")
     add("results", nargs="?", type=Path, metavar="RESULTS", help="results.json, or the folder of a run")
     add("--table", action="store_true", help="print the table in Markdown and write nothing")
     add("--columns", nargs="+", metavar="KEY", help="only these scores in the table")
@@ -105,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         args = build_parser().parse_args(words)
         args.words = [PROGRAM, *words]
-        commands = {"run": _run, "generate": _generate, "score": _score, "report": _report}
-        commands[args.command](args)
+        args.work(args)
 
     return command.run(
         PROGRAM,
@@ -203,9 +203,9 @@ def _scorer(args: argparse.Namespace, scores: "Scores", device: str | None = Non
 
 def _score(args: argparse.Namespace) -> None:
     from agentsd.evaluation import protocols
-    from agentsd.evaluation.run import picture_sets, read_run, score_folders, score_run
+    from agentsd.evaluation.run import read_run, score_folders, score_run
 
-    options = {"reference": args.reference, "command": args.words}
+    options = {"limit": args.limit, "reference": args.reference, "command": args.words}
     if args.images:
         if args.run:
             raise ValueError("--images are folders instead of a run: leave one of both out")
@@ -215,18 +215,17 @@ def _score(args: argparse.Namespace) -> None:
             if not equals or not name or name in folders:
                 raise ValueError(f"--images is {text!r}; it must be NAME=FOLDER, each name once")
             folders[name] = Path(folder)
-        sets = picture_sets(folders, args.limit)
         features = ("inception",) if args.reference else ()
         scores = _scores(args, protocols.Scores(features=features, pairs=("psnr", "ssim", "ms-ssim")))
         output = args.output or Path("runs") / "score"
-        _show(score_folders(sets, _scorer(args, scores), output, **options), output)
+        _show(score_folders(folders, _scorer(args, scores), output, **options), output)
         return
     folder = args.run or args.output
     if folder is None:
         raise ValueError("score needs the folder of a run, or --images")
     _, protocol = read_run(folder)
     scorer = _scorer(args, _scores(args, protocol.scores))
-    _show(score_run(folder, scorer, limit=args.limit, **options), folder)
+    _show(score_run(folder, scorer, **options), folder)
 
 
 def _show(result: dict[str, Any], folder: Path) -> None:
@@ -238,8 +237,7 @@ def _show(result: dict[str, Any], folder: Path) -> None:
 
 
 def _name(paths: Sequence[Path]) -> None:
-    for path in paths:
-        print(f"wrote {path}")
+    print(*(f"wrote {path}" for path in paths), sep="\n")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -65,14 +65,6 @@ class AttributeChecker(nn.Module):
         return model.float().eval()
 
 
-def _agreement(asked: Thing, seen: Thing) -> list[bool]:
-    return [
-        getattr(asked, name) == getattr(seen, name)
-        for name in ("shape", "colour", "size", "place")
-        if getattr(asked, name) is not None
-    ]
-
-
 def score(asked: Scene, seen: Scene) -> dict[str, list[bool]]:
     """Compare what a prompt asks for with what a picture shows.
 
@@ -85,12 +77,16 @@ def score(asked: Scene, seen: Scene) -> dict[str, list[bool]]:
     result: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     left = list(seen.things)
     for thing in sorted(asked.things, key=lambda thing: thing.place is None):
-        match = max(left, key=lambda other: sum(_agreement(thing, other)), default=Thing())
+        wanted = {name: value for name in ATTRIBUTES[:4] if (value := getattr(thing, name)) is not None}
+
+        def rights(other: Thing, wanted: dict[str, str] = wanted) -> dict[str, bool]:
+            return {name: getattr(other, name) == value for name, value in wanted.items()}
+
+        match = max(left, key=lambda other: sum(rights(other).values()), default=Thing())
         if match in left:
             left.remove(match)
-        for name in ATTRIBUTES[:4]:
-            if (wanted := getattr(thing, name)) is not None:
-                result[name].append(getattr(match, name) == wanted)
+        for name, right in rights(match).items():
+            result[name].append(right)
     if asked.colour:
         result["background"].append(seen.colour == asked.colour)
     if asked.texture:

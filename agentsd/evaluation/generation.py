@@ -6,7 +6,6 @@ batches among themselves. So kernels meet the same shapes, and every image is th
 
 import json
 import os
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from agentsd.evaluation.pictures import is_finished, label
 from agentsd.evaluation.protocols import Protocol
 from agentsd.evaluation.timing import Timing
 from agentsd.methods import Method, prepared
-from agentsd.results import environment, read_json, write_image, write_json
+from agentsd.results import environment, read_json, version, write_image, write_json
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,6 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything on which the bits of an image depend, but its method, its prompt and its seed."""
-        import diffusers
-        import transformers
-
         keys = ("sampler", "steps", "guidance", "width", "height", "batch")
         return {key: getattr(self.protocol, key) for key in keys} | {
             "model": self.model[1],
@@ -54,8 +50,7 @@ class Run:
             "device": self.device.type,
             "threads": self.threads if self.device.type == "cpu" else None,
             "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
+            **{package: version(package) for package in ("diffusers", "transformers")},
         }
 
     def path(self, method: Method, index: int) -> Path:
@@ -86,11 +81,14 @@ class Run:
         every = [(part, [method for method in self.methods if not done(method, part)]) for part in self.batches()]
         return [(indices, methods) for indices, methods in every if methods]
 
+    def _recorded(self) -> dict[str, Any] | None:
+        file = self.output / "run.json"
+        return read_json(file) if file.exists() else None
+
     def check(self) -> None:
         """Raise ValueError if the folder holds another run."""
-        if not (self.output / "run.json").exists():
+        if (there := self._recorded()) is None:
             return
-        there = read_json(self.output / "run.json")
         old = {**there["identity"], "prompts": there["prompts"], "seed": there["protocol"]["seed"]}
         for key, value in {**self.identity, "prompts": list(self.prompts), "seed": self.protocol.seed}.items():
             if old.get(key) != value:
@@ -99,22 +97,18 @@ class Run:
 
     def record(self, command: Sequence[str], processes: int) -> None:
         """Write run.json: what is made, and in which sessions."""
-        file = self.output / "run.json"
-        there: dict[str, Any] = read_json(file) if file.exists() else {"methods": {}, "sessions": []}
+        there = self._recorded() or {"methods": {}, "sessions": []}
         session = {"command": list(command), "processes": processes, **environment(str(self.device))}
-        write_json(
-            file,
-            {
-                "protocol": self.protocol.to_dict(),
-                "protocol_sha256": self.protocol.sha256,
-                "model": {"name": self.model[0], "fingerprint": self.model[1]},
-                "identity": self.identity,
-                "limit": self.limit,
-                "methods": there["methods"] | {method.text: method.settings for method in self.methods},
-                "prompts": list(self.prompts),
-                "sessions": [*there["sessions"], session],
-            },
-        )
+        record = {
+            "protocol": self.protocol.to_dict(),
+            "model": {"name": self.model[0], "fingerprint": self.model[1]},
+            "identity": self.identity,
+            "limit": self.limit,
+            "methods": there["methods"] | {method.text: method.settings for method in self.methods},
+            "prompts": list(self.prompts),
+            "sessions": [*there["sessions"], session],
+        }
+        write_json(self.output / "run.json", record)
 
 
 class Maker:
@@ -166,14 +160,7 @@ class Maker:
 
 @torch.inference_mode()
 def generate(run: Run, load: Callable[[], Any], state: Any, command: Sequence[str] = (), quiet: bool = False) -> None:
-    """Make what is missing; every process of `state`, an `accelerate.PartialState`, calls this.
-
-    `load` gives the pipeline and is called only if something is missing; `command` is what was typed, for the record.
-
-    Raises:
-        ValueError: the folder holds another run.
-        OSError: a file cannot be written; what is finished stays.
-    """
+    """Make what is missing, as `run.make` says; `load` gives the pipeline and is called only where it is needed."""
     run.check()
     missing: list[Any] = [None]
     if state.is_main_process:
@@ -199,7 +186,6 @@ def _generate(run: Run, pipe: Any, mine: list[tuple[list[int], list[Method]]], s
     makers = {method.text: Maker(pipe, method, run) for method in wanted}
     total = sum(len(indices) * len(methods) for indices, methods in mine)
     hidden = quiet or not state.is_main_process
-    rates: dict[str, list[float]] = {}
     with (
         tqdm(total=total, unit="image", disable=hidden, smoothing=0.05) as bar,
         (run.output / f"timings-{state.process_index}.jsonl").open("a", encoding="utf-8") as log,
@@ -211,24 +197,21 @@ def _generate(run: Run, pipe: Any, mine: list[tuple[list[int], list[Method]]], s
                 for timing in makers[method.text].make(indices):
                     log.write(json.dumps(vars(timing)) + "\n")
                     log.flush()
-                    rates.setdefault(method.text, []).append(timing.seconds)
-                    bar.set_postfix_str(f"{statistics.median(rates[method.text]):.2f} s for each")
+                    bar.set_postfix_str(f"{timing.seconds:.2f} s for each")
                     bar.update(len(timing.indices))
 
 
 @contextmanager
 def computing(run: Run) -> Iterator[None]:
     """Context in which the same numbers come out each time: the run's threads, deterministic kernels on CUDA."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     try:
         if run.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")
         else:
             torch.set_num_threads(run.threads)
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)

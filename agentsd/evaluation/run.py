@@ -51,9 +51,9 @@ def make(
         protocol, methods: what to make; the methods are those of the protocol that are installed.
         output, state: the folder of the run, and an `accelerate.PartialState`.
         limit, captions: only so many images of each method, and the file of a protocol that draws captions.
-        model_config, allow_pickle: as `pipelines.load` takes them.
-        device, threads: None is the best device there is; the threads are of each process on a CPU.
-        command, quiet: what was typed, for the record, and whether no progress is shown.
+        model_config, allow_pickle, device: as `pipelines.load` takes them.
+        threads: of each process on a CPU.
+        command: what was typed, for the record.
 
     Raises:
         ValueError: an option is not one of this protocol or model, or the folder holds another run.
@@ -73,11 +73,9 @@ def make(
     def load() -> Any:
         pipe = pipelines.load(path, dtype=dtype, device=where, config=model_config, **pickled)
         multiple = pipelines.size_multiple(pipe)
-        for name in ("width", "height"):
-            if (getattr(protocol, name) or 0) % multiple:
-                raise ValueError(
-                    f"{name} is {getattr(protocol, name)}; it must be a multiple of {multiple} for this model"
-                )
+        for name, side in (("width", protocol.width), ("height", protocol.height)):
+            if side and side % multiple:
+                raise ValueError(f"{name} is {side}; it must be a multiple of {multiple} for this model")
         if protocol.sampler:
             pipelines.set_scheduler(pipe, protocol.sampler)
         return pipe
@@ -147,21 +145,21 @@ def score_run(
     }
 
 
-def picture_sets(folders: dict[str, Path], limit: int | None = None) -> dict[str, list[Path]]:
-    """The first pictures of each folder; ValueError if there are none, or fewer than `limit`."""
-    sets = {}
-    for name, folder in folders.items():
-        found = list_pictures(folder)
-        if limit and len(found) < limit:
-            raise ValueError(f"{folder} holds {len(found)} pictures, fewer than --limit {limit}")
-        sets[name] = found[:limit]
-    return sets
-
-
 def score_folders(
-    sets: dict[str, list[Path]], scorer: Scorer, output: Path, reference: Path | None, command: Sequence[str] = ()
+    folders: dict[str, Path],
+    scorer: Scorer,
+    output: Path,
+    *,
+    limit: int | None = None,
+    reference: Path | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The result for `report.write` in `output` of pictures by name; the first are stock's, compared in their order."""
+    """The result for `report.write` in `output` of the pictures of folders, compared in their order with the first."""
+    sets = {name: list_pictures(folder) for name, folder in folders.items()}
+    for name, found in sets.items():
+        if limit and len(found) < limit:
+            raise ValueError(f"{folders[name]} holds {len(found)} pictures, fewer than --limit {limit}")
+        sets[name] = found[:limit]
     output.mkdir(parents=True, exist_ok=True)
     result = score(sets, scorer, reference=Reference("images"), where=reference)
     _name_pictures(result, sets, output)
@@ -172,7 +170,7 @@ def score_folders(
         "protocol": None,
         "notes": _notes([], number, scorer),
         "provenance": {
-            "folders": {name: str(paths[0].parent) for name, paths in sets.items()},
+            "folders": {name: str(folder) for name, folder in folders.items()},
             "reference": str(reference) if reference else None,
             "scored with": _scored_with(scorer, command),
         },
@@ -197,12 +195,10 @@ def _notes(sessions: list[dict[str, Any]], images: int, scorer: Scorer) -> list[
     ]
     if images < FEW:
         notes.append(f"{images} images are too few to trust the intervals")
-    for key in ("commit", "device"):
-        found = {str(session.get(key)) for session in sessions}
+    for key in ("commit", "device", "processes"):
+        found = sorted({str(session[key]) for session in sessions})
         if len(found) > 1:
-            notes.append(f"the images were made in sessions with more than one {key}: {', '.join(sorted(found))}")
-    if len({session["processes"] for session in sessions}) > 1:
-        notes.append("the sessions had different numbers of processes: the times are a mixture")
+            notes.append(f"the images and times are of sessions with different {key}: {', '.join(found)}")
     return notes
 
 

@@ -1,9 +1,12 @@
 """What is measured of pictures: features of networks, closeness to stock, and what the prompt asks for."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, repeat
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,7 +27,6 @@ from agentsd.evaluation.protocols import Reference, Scores, reference_scenes
 from agentsd.results import write_bytes
 
 MS_SSIM_SIDE = 176  # five halvings and a window of 11
-Share = tuple[float, int]  # how much of a picture is right, of how much asked for
 
 
 @dataclass(frozen=True)
@@ -123,40 +125,38 @@ class Scorer:
         return Statistics.of(self._features(network, key, batches, "reference").values)
 
     @torch.inference_mode()
-    def pairs(self, paths: Sequence[Path], stock: Sequence[Path], title: str) -> dict[str, list[float]]:
-        """The distances of each picture to its stock picture."""
-        found: dict[str, list[float]] = {}
-        if not self.distances:
-            return found
-        both = zip(self._bar(read_batches(paths, self.batch), title), read_batches(stock, self.batch), strict=True)
-        for number, (images, others) in enumerate(both):
-            if images.shape != others.shape:
-                raise ValueError(
-                    f"{paths[number * self.batch]} has {images.shape[3]}×{images.shape[2]} pixels, its stock image "
-                    f"{others.shape[3]}×{others.shape[2]}; pairs must have the same size"
-                )
-            for name, distance in self.distances.items():
-                if name != "ms-ssim" or min(images.shape[2:]) >= MS_SSIM_SIDE:
-                    found.setdefault(name, []).extend(distance(images, others).tolist())
-        return found
+    def numbers(
+        self, paths: Sequence[Path], stock: Sequence[Path] | None, prompts: Sequence[str] | None, title: str
+    ) -> dict[str, list[Any]]:
+        """What is measured of each picture: by name of the distance to its stock picture, `clip`, and attributes.
 
-    @torch.inference_mode()
-    def adherence(self, paths: Sequence[Path], prompts: Sequence[str], title: str) -> dict[str, list[Share]]:
-        """What the prompts ask for: CLIP scores, and per cent of what the attribute checker reads, by attribute."""
-        found: dict[str, list[Share]] = {}
-        if self.clip is None and self.checker is None:
+        Of an attribute it is how much is right, in per cent, of how much the prompt asks for.
+        """
+        distances = self.distances if stock is not None else {}
+        clip, reader = (self.clip, self.checker) if prompts is not None else (None, None)
+        found: dict[str, list[Any]] = defaultdict(list)
+        if not (distances or clip or reader):
             return found
-        start = 0
-        for images in self._bar(read_batches(paths, self.batch), f"{title}: prompts"):
-            asked = list(prompts[start : start + len(images)])
-            start += len(images)
-            if self.clip is not None:
-                found.setdefault("clip", []).extend((value, 1) for value in self.clip(images, asked).tolist())
-            if self.checker is not None:
-                seen = self.checker.read(images.to(self.device).float() / 255)
-                for prompt, scene in zip(asked, seen, strict=True):
-                    for name, rights in checker.score(parse(prompt), scene).items():
-                        found.setdefault(f"attributes_{name}", []).append((100 * sum(rights), len(rights)))
+        others = read_batches(stock, self.batch) if stock is not None and distances else repeat(None)
+        batches = self._bar(read_batches(paths, self.batch), title)
+        for start, images, other in zip(count(0, self.batch), batches, others, strict=False):
+            if other is not None:
+                (height, width), sides = images.shape[2:], tuple(other.shape[2:])
+                if (height, width) != sides:
+                    raise ValueError(
+                        f"{paths[start]} has {width}×{height} pixels, its stock image {sides[1]}×{sides[0]}; "
+                        "pairs must have the same size"
+                    )
+                for name, distance in distances.items():
+                    if name != "ms-ssim" or min(sides) >= MS_SSIM_SIDE:
+                        found[name] += distance(images, other).tolist()
+            asked = list(prompts[start : start + len(images)]) if prompts is not None else []
+            if clip:
+                found["clip"] += clip(images, asked).tolist()
+            scenes = reader.read(images.to(self.device).float() / 255) if reader else []
+            for prompt, scene in zip(asked, scenes, strict=False):
+                for name, rights in checker.score(parse(prompt), scene).items():
+                    found[f"attributes_{name}"].append((100 * sum(rights), len(rights)))
         return found
 
 

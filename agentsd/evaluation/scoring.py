@@ -45,21 +45,21 @@ def score(
     for name, paths in sets.items():
         if len(paths) != number:
             raise ValueError(f"{name} has {len(paths)} images, {stock} {number}; there must be as many of each")
-    if prompts is not None and len(prompts) != number:
-        raise ValueError(f"there are {len(prompts)} prompts and {number} images; there must be as many of each")
     scorer.check_number(number)
     counts = resamples(number, scorer.scores.bootstrap)
     found: dict[str, dict[str, Estimate]] = {name: {} for name in sets}
     closeness: dict[str, dict[str, list[float]]] = {}
     for name, paths in sets.items():
-        closeness[name] = {} if name == stock else scorer.pairs(paths, sets[stock], name)
-        for key, values in closeness[name].items():
-            found[name][key] = (metrics.median if key == "psnr" else metrics.mean)(values, counts)
-        if "psnr" in closeness[name]:
-            found[name]["psnr_worst"] = Estimate(min(closeness[name]["psnr"]))
-        for key, pairs in scorer.adherence(paths, prompts, name).items() if prompts is not None else ():
-            right, asked = zip(*pairs, strict=True)
-            found[name][key] = metrics.share(right, asked, counts)
+        numbers = scorer.numbers(paths, None if name == stock else sets[stock], prompts, name)
+        closeness[name] = {key: numbers[key] for key in scorer.distances if key in numbers}
+        for key, values in numbers.items():
+            if key.startswith("attributes_"):
+                right, asked = zip(*values, strict=True)
+                found[name][key] = metrics.share(right, asked, counts)
+            else:
+                found[name][key] = (metrics.median if key == "psnr" else metrics.mean)(values, counts)
+        if "psnr" in numbers:
+            found[name]["psnr_worst"] = Estimate(min(numbers["psnr"]))
     for network in scorer.networks:
         assert reference is not None
         known = scorer.reference(network, reference, where)
@@ -71,14 +71,9 @@ def score(
     for name, estimates in found.items():
         base = {} if name == stock else found[stock]
         keys = [column.key for column in shown if column.key in estimates]
-        rows.append(
-            {
-                "method": name,
-                "images": number,
-                "scores": {key: described(estimates[key], base.get(key)) for key in keys},
-                "pictures": _most_different(closeness[name], number),
-            }
-        )
+        scores = {key: described(estimates[key], base.get(key)) for key in keys}
+        pictures = _most_different(closeness[name], number)
+        rows.append({"method": name, "images": number, "scores": scores, "pictures": pictures})
     return {
         "columns": [asdict(column) for column in shown],
         "methods": rows,
