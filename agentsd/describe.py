@@ -43,7 +43,6 @@ class LayerReport:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the grid."""
         return self.grid[0] * self.grid[1]
 
 
@@ -63,14 +62,11 @@ class Report:
 
     def saved(self, layer: LayerReport | None = None) -> float:
         """Share of the attention products' multiply-adds saved over the schedule, by one layer or by all."""
-        layers = self.layers if layer is None else (layer,)
-        shares = [end - start for start, end in zip((0.0, *self.ends), self.ends, strict=False)]
-        stock = sum(2 * row.tokens**2 * row.channels for row in layers)
-        done = sum(
-            share * plan.multiply_adds * row.channels
-            for row in layers
-            for share, plan in zip(shares, row.plans, strict=True)
-        )
+        stock = done = 0.0
+        for row in self.layers if layer is None else (layer,):
+            stock += 2 * row.tokens**2 * row.channels
+            for start, end, plan in zip((0.0, *self.ends), self.ends, row.plans, strict=False):
+                done += (end - start) * plan.multiply_adds * row.channels
         return 1 - done / stock
 
     def table(self) -> list[list[str]]:
@@ -99,8 +95,7 @@ def _words(plan: LayerPlan) -> str:
         "kv": f"kv: {plan.keys} agents",
         None: f"stock: {plan.note}" if plan.note else "stock",
     }
-    others = [part for part in ("crossattn", "mlp") if part in plan.parts]
-    return " + ".join([words[plan.attention], *(f"{part} merged" for part in others)])
+    return " + ".join([words[plan.attention], *(f"{part} merged" for part in plan.parts if part != "attn")])
 
 
 def _row(
@@ -140,8 +135,7 @@ def describe(model: Any) -> Report:
     rows: list[LayerReport] = []
     for net, patch in zip(nets, patches, strict=True):
         prefix = "controlnet" if net in controls else "unet"
-        if net in controls[1:]:
-            prefix += f"_{controls.index(net)}"
+        prefix += f"_{controls.index(net)}" if net in controls[1:] else ""
         rows += [_row(prefix, layer, sample, config.ends if config else (1.0,), patch) for layer in find_layers(net)]
     others = tuple(sorted({name for net in nets for name in other_self_attention(net)}))
     techniques = next((patch.techniques for patch in patches if patch and patch.techniques), [])

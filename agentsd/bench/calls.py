@@ -78,11 +78,9 @@ def kinds(wanted: Method, unet: Any, setting: Setting) -> list[Kind]:
     config = wanted.config
     if config is None:
         put(SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=timesteps)), wanted)
-        if name != "deepcache":
-            return [Kind(name, 1.0, partial(at, 0))]
-        full = -(-STEPS // options["cache_interval"]) / STEPS
-        several = [Kind("full step", full, partial(at, 0)), Kind("cached step", 1 - full, partial(at, 1))]
-        return [kind for kind in several if kind.share]
+        interval = options.get("cache_interval")
+        steps = ["cached step" if step % interval else "full step" for step in range(STEPS)] if interval else []
+        return _named(steps or [name] * STEPS, at)
     apply(unet, config)
     for processor in unet.attn_processors.values() if setting.fused else ():
         if isinstance(processor, AgentSDProcessor):
@@ -91,8 +89,12 @@ def kinds(wanted: Method, unet: Any, setting: Setting) -> list[Kind]:
     assert patch is not None
     if state := patch.technique(StepCacheState):
         return _caching(patch, state, at, lambda step: every(unet, timesteps[step]))
-    names = [_name(patch.planner, config.ends, t) for t in TIMESTEPS]
-    return [Kind(one, names.count(one) / STEPS, partial(at, names.index(one))) for one in dict.fromkeys(names)]
+    return _named([_name(patch.planner, config.ends, t) for t in TIMESTEPS], at)
+
+
+def _named(names: Sequence[str], call: Callable[[int], Any]) -> list[Kind]:
+    """The kinds of calls of a schedule by the names of its steps; the first step of a name stands for all."""
+    return [Kind(one, names.count(one) / STEPS, partial(call, names.index(one))) for one in dict.fromkeys(names)]
 
 
 def _name(planner: Planner, ends: Iterable[float], timestep: float) -> str:
@@ -117,29 +119,28 @@ def _caching(patch: Patch, state: StepCacheState, at: Callable[[int], Any], run:
         names.append(f"{where}{'full' if state.full else 'cached'} step")
         before.setdefault(names[-1], kept)
 
-    def call(step: int, name: str) -> Any:
-        state.restore(before[name])
+    def call(step: int) -> Any:
+        state.restore(before[names[step]])
         return at(step)
 
     with patch.model.register_forward_pre_hook(note):
         for step in tqdm(range(STEPS), desc="kinds of calls", leave=False):
             kept = state.snapshot()
             run(step)
-    return [Kind(name, names.count(name) / STEPS, partial(call, names.index(name), name)) for name in before]
+    return _named(names, call)
 
 
 def _tgate(unet: Any, options: dict[str, Any], at: Callable[..., Any], half: Callable[..., Any]) -> list[Kind]:
     from tgate.tgate_utils import register_forward, tgate_scheduler
 
-    stages: dict[tuple[Any, ...], list[int]] = {}
-    for step in range(STEPS):
-        ca, sa, keep_shape = tgate_scheduler(cur_step=step, **options)
-        stages.setdefault((*ca.values(), *sa.values(), keep_shape, step >= options["gate_step"]), []).append(step)
+    def stage(step: int) -> Any:
+        """The arguments that a step registers, and whether it is without the unconditional half."""
+        return *tgate_scheduler(cur_step=step, **options), step >= options["gate_step"]
 
     def call(step: int) -> Any:
-        ca, sa, keep_shape = tgate_scheduler(cur_step=step, **options)
+        ca, sa, keep_shape, gated = stage(step)
         register_forward(unet, "Attention", ca_kward=ca, sa_kward=sa, keep_shape=keep_shape)
-        return at(step, half) if step >= options["gate_step"] else at(step)
+        return at(step, half) if gated else at(step)
 
-    ordered = sorted(stages.values(), key=min)
-    return [Kind(f"as step {steps[0]}", len(steps) / STEPS, partial(call, steps[0])) for steps in ordered]
+    stages = [stage(step) for step in range(STEPS)]
+    return _named([f"as step {stages.index(one)}" for one in stages], call)

@@ -55,11 +55,8 @@ def profile(setting: Setting, methods: Sequence[str], repeats: int = 3) -> dict[
         ValueError: a method is not known, or is none of this package.
     """
     wanted = calls.methods_of(methods)
-    for one in wanted:
-        if one.name != "stock" and one.config is None:
-            raise ValueError(
-                f"method is {one.text!r}; the profile is of stock and {', '.join(AgentSDConfig.presets())}"
-            )
+    if others := [one.text for one in wanted if one.name != "stock" and not one.config]:
+        raise ValueError(f"method is {others[0]!r}; the profile is of stock and {', '.join(AgentSDConfig.presets())}")
     stock = build(setting)
     result = {}
     for one in wanted:
@@ -88,8 +85,8 @@ def profile(setting: Setting, methods: Sequence[str], repeats: int = 3) -> dict[
                     rest = now(setting.device) - began - spent["layers"]
                     told_apart = sum(spent[part] for part in PARTS)
                     rows.append(spent | {PARTS[4]: spent["layers"] - told_apart, PARTS[5]: rest})
-                medians = {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS}
-                result[f"{one.text}: {kind.name}"] = medians
+                key = f"{one.text}: {kind.name}"
+                result[key] = {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS}
     return result
 
 

@@ -55,7 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--launches", action="store_true", help="the number of operations of a call instead")
     group.add_argument("--fused", action="store_true", help="torch's fused attention even where ours is faster")
     group.add_argument("--repeats", type=whole(1), default=5, help="repetitions after one warm-up (default: 5)")
-    group.add_argument("--threads", type=whole(1), help="threads on the CPU (default: torch's)")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, metavar="FILE", help="write measurements as JSON, and plots beside it")
     group.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the table of such files and end")
@@ -102,8 +101,6 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     from agentsd import AgentSDConfig, pipelines
     from agentsd.bench import layers, memory
     from agentsd.bench.architectures import Setting
@@ -113,8 +110,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
 
     device = pipelines.find_device(args.device)
     dtype = str(pipelines.find_dtype(args.dtype, device)).removeprefix("torch.")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     fixed = args.batch, dtype, str(device), args.compile, args.fused
     settings = [Setting(args.model, (cells, cells), *fixed) for cells in args.latent]
     setting, presets = settings[0], AgentSDConfig.presets()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby, product
 from typing import Any, TypeVar
 
 from agentsd.api import applied
@@ -47,18 +48,13 @@ class Candidates:
             plans = {n: layer_plan(only(level, n).phases[0], level_grid(latent, level)) for n in ATTENTIONS}
             if fitting := [name for name, plan in plans.items() if plan.attention and plan.keys >= MIN_AGENTS]:
                 attentions[level] = fitting
-        caches = [
-            StepCache(1.0, interval, layers, None, share)
-            for layers in (_cache_layers(pipe) if len(progresses) > 1 else ())
-            for interval in INTERVALS
-            for share in EXTRAPOLATIONS
-        ]
+        layers = _cache_layers(pipe) if len(progresses) > 1 else ()
+        caches = [StepCache(1.0, i, n, None, share) for n, i, share in product(layers, INTERVALS, EXTRAPOLATIONS)]
         named = {f"interval {c.interval}, layers {c.layers}, extrapolate {c.extrapolate:g}": c for c in caches}
         return cls((*present[:-1], 1.0), parts, attentions, named)
 
     @property
     def layers(self) -> list[int]:
-        """How many layers a cached step may compute."""
         return sorted({cache.layers for cache in self.caches.values()})
 
     @property
@@ -83,17 +79,14 @@ class Candidates:
         return {"stock": None, **attentions, **cached}
 
     def config(self, choice: Choice) -> AgentSDConfig:
-        """The configuration of a choice."""
         chosen = {(part, what): name for part, what, name in choice}
         phases: dict[tuple[float, KV | None], list[int]] = {}
         for level in self.attentions:
             kinds = [ATTENTIONS.get(chosen.get((part, level), "")) for part in range(len(self.ends))]
             for end, kind in self._joined(kinds) if any(kinds) else ():
                 phases.setdefault((end, kind), []).append(level)
-        in_order = [
-            Phase(end, kind, tuple(levels), MIN_TOKENS if kind else None)
-            for (end, kind), levels in sorted(phases.items(), key=lambda item: item[0][0])
-        ]
+        rising = sorted(phases.items(), key=lambda item: item[0][0])
+        in_order = [Phase(end, kind, tuple(at), MIN_TOKENS if kind else None) for (end, kind), at in rising]
         full = StepCache(interval=1)
         caches = [self.caches.get(chosen.get((part, "steps"), ""), full) for part in range(len(self.ends))]
         steps = tuple(replace(cache, until=end) for end, cache in self._joined(caches)) if {*caches} != {full} else ()
@@ -101,8 +94,8 @@ class Candidates:
 
     def _joined(self, values: Sequence[T]) -> list[tuple[float, T]]:
         """The value of each part with its end; neighbours with equal values are one."""
-        pairs = list(zip(self.ends, values, strict=True))
-        return [pair for pair, after in zip(pairs, [*pairs[1:], None], strict=True) if not after or after[1] != pair[1]]
+        groups = groupby(zip(self.ends, values, strict=True), lambda pair: pair[1])
+        return [list(group)[-1] for _, group in groups]
 
 
 def key(what: int | str, name: str) -> str:

@@ -4,13 +4,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from agentsd import drawing
@@ -22,11 +22,7 @@ from agentsd.schedule import progress
 
 
 class Measurements:
-    """Results by name, in a JSON file that is written after each of them.
-
-    Args:
-        path: of the file; what is in it is not measured again.
-        settings: what the results belong to.
+    """Results by name, in a JSON file that is written after each of them; what is in it is not measured again.
 
     Raises:
         ValueError: the file is of other settings, or of something else.
@@ -85,27 +81,15 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.process_time if computed else partial(drawing.now, device)
 
 
-def squared_error(out: Tensor, stock: Tensor) -> float:
-    """Squared error relative to the stock output's square."""
-    return float((out - stock).double().square().sum() / stock.double().square().sum())
-
-
+@dataclass
 class Runs:
-    """Runs of a pipeline; image i is of prompt i and seed i.
+    """Runs of a pipeline; image i is of prompt i and seed i."""
 
-    Args:
-        pipe: a text-to-image pipeline with a UNet, not accelerated.
-        prompts: what is drawn.
-        call: further arguments of the pipeline's call, such as `num_inference_steps`.
-        now: the time in seconds; None is `clock`.
-    """
-
-    def __init__(
-        self, pipe: Any, prompts: Sequence[str], call: dict[str, Any], now: Callable[[], float] | None = None
-    ) -> None:
-        self.pipe, self.prompts, self.call = pipe, prompts, call
-        self.now = now or clock(pipe.unet.device)
-        self._stock: dict[int, Run] = {}
+    pipe: Any
+    prompts: Sequence[str]
+    call: dict[str, Any]
+    now: Callable[[], float]
+    _stock: dict[int, Run] = field(default_factory=dict)
 
     def _draw(self, prompt: int) -> tuple[np.ndarray, float]:
         began = self.now()
@@ -140,7 +124,8 @@ class Runs:
             for call in calls:
                 began = self.now()
                 out = self.pipe.unet(*call.args, **call.kwargs)[0]
-                results.append((self.now() - began, squared_error(out, call.output)))
+                seconds, stock = self.now() - began, call.output.double()
+                results.append((seconds, float((out.double() - stock).square().sum() / stock.square().sum())))
         return results
 
     def image(self, prompt: int, config: AgentSDConfig | None = None) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """The front of all combinations: choices whose times and errors add up."""
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 # (part, level or "steps", name of the candidate), for everything that is not stock.
@@ -32,11 +31,10 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 def sums(groups: Sequence[Sequence[Point]]) -> list[Point]:
     """The front of all sums of one point of each group."""
-
-    def add(some: list[Point], more: Sequence[Point]) -> list[Point]:
-        return pareto([Point(a.time + b.time, a.error + b.error, a.choice + b.choice) for a in some for b in more])
-
-    return reduce(add, groups, [Point(0.0, 0.0)])
+    front = [Point(0.0, 0.0)]
+    for group in groups:
+        front = pareto([Point(a.time + b.time, a.error + b.error, a.choice + b.choice) for a in front for b in group])
+    return front
 
 
 def search(parts: Sequence[Sequence[Sequence[Sequence[Point]]]]) -> list[Point]:

@@ -9,8 +9,8 @@ from typing import Any
 from agentsd.cache.steps import full_steps
 from agentsd.config import AgentSDConfig
 from agentsd.tune.candidates import Candidates, key, only
-from agentsd.tune.measure import Measurements, Runs
-from agentsd.tune.search import Point, search
+from agentsd.tune.measure import Measurements, Runs, clock
+from agentsd.tune.search import Choice, Point, search
 from agentsd.tune.verify import Figures, Target, Verified, verify
 
 # Of the points of the front that are drawn as whole images, one is so much slower than the next.
@@ -44,7 +44,7 @@ class Tuner:
         repeats: int = 2,
         now: Callable[[], float] | None = None,
     ) -> None:
-        self.runs = Runs(pipe, prompts, call, now)
+        self.runs = Runs(pipe, prompts, call, now or clock(pipe.unet.device))
         self.measurements, self.repeats = measurements, repeats
         measurements.expect(len(prompts))
         stock = [measurements.get(f"stock, prompt {i}", self.runs.about, i) for i in range(len(prompts))]
@@ -130,14 +130,11 @@ class Tuner:
         return groups
 
     @cached_property
-    def front(self) -> list[Point]:
-        """All combinations that are predicted to be beaten by no other, fastest first."""
-        return search(self.tables())
-
-    def figures(self, point: Point) -> Figures:
-        """Of whole images, as predicted."""
+    def front(self) -> list[tuple[Figures, Choice]]:
+        """All combinations that are predicted to be beaten by no other, fastest first, with figures of whole images."""
         outside = self.calls * self.outside
-        return (self.calls + outside) / (point.time + outside), math.sqrt(point.error)
+        points = search(self.tables())
+        return [(((self.calls + outside) / (p.time + outside), math.sqrt(p.error)), p.choice) for p in points]
 
     def measure(self, configs: dict[str, AgentSDConfig]) -> dict[str, Figures]:
         """Figures of whole images, stock and all configurations in turn for each prompt."""
@@ -162,10 +159,9 @@ class Tuner:
             ValueError: no configuration reaches the target; the message says what the best reaches.
         """
         ladder: list[tuple[Figures, AgentSDConfig]] = []
-        for point in self.front:
-            figures = self.figures(point)
+        for figures, choice in self.front:
             if not ladder or figures[0] < STEP * ladder[-1][0][0]:
-                ladder.append((figures, self.candidates.config(point.choice)))
+                ladder.append((figures, self.candidates.config(choice)))
         found = verify(target, ladder, self.measure)
         return target.best(found), found
 
@@ -173,7 +169,7 @@ class Tuner:
         """What was found, as JSON holds it."""
         return {
             "target": vars(target),
-            "front": [[*self.figures(point), point.choice] for point in self.front],
+            "front": [[*figures, choice] for figures, choice in self.front],
             "verified": [{**vars(one), "config": one.config.to_dict()} for one in verified],
             "chosen": best.name,
         }
