@@ -71,7 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lpips-weights", **files, help="torchvision's weights of LPIPS's network (default: its download)")
     add("--clip", metavar="FOLDER|ID", help="CLIP for transformers (default: the protocol's)")
     add("--dinov2", metavar="FOLDER|ID", help="DINOv2 for transformers (default: the protocol's)")
-    add("--checker", **files, help="another attribute checker for the embedded model")
     add("--features", nargs="*", metavar="NAME", help=f"{', '.join(NETWORKS)} instead of the protocol's")
     add("--pairs", nargs="*", metavar="NAME", help=f"{', '.join(PAIRS)} instead of the protocol's")
     add("--allow-singular", action="store_true", help="Fréchet distances of fewer images than features too")
@@ -196,7 +195,7 @@ def _scorer(args: argparse.Namespace, scores: "Scores", device: str | None = Non
     from agentsd.evaluation.scorer import Scorer
 
     require("jinja2", "matplotlib")
-    weights = Weights(args.inception_weights, args.lpips_weights, args.clip, args.dinov2, args.checker)
+    weights = Weights(args.inception_weights, args.lpips_weights, args.clip, args.dinov2)
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentsd"
     return Scorer(scores, weights, pipelines.find_device(args.device or device), cache, quiet=args.quiet)
 

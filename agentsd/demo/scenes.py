@@ -93,33 +93,19 @@ def sample(rng: random.Random, held_out: bool = False) -> Scene:
     return scene
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """Words after a or an."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene in words: all of it, or with `rng` some parts left out and joined in different ways."""
-
-    def keep(probability: float) -> bool:
-        return rng is None or rng.random() < probability
-
-    parts = []
+def caption(scene: Scene) -> str:
+    """All of a fully specified scene in words."""
+    things = []
     for thing in scene.things:
-        words = [thing.size] if thing.size and keep(0.88) else []
-        if thing.colour and keep(0.95):
-            words.append(thing.colour)
-        words.append(str(thing.shape))
-        text = _article(" ".join(words))
-        if thing.place and keep(0.88):
-            text += f" in the {thing.place}" if thing.place == "center" else f" on the {thing.place}"
-        parts.append(text)
-    joiner = ", " if rng is not None and rng.random() < 0.5 else " and "
-    text = joiner.join(parts)
-    if scene.colour and scene.texture and keep(0.9):
-        plain = scene.texture == "plain" and (rng is None or rng.random() < 0.8)
-        ground = scene.colour if plain else f"{scene.texture} {scene.colour}"
-        text += (", on " if rng is not None and rng.random() < 0.4 else " on ") + _article(ground) + " background"
-    return text
+        where = "in" if thing.place == "center" else "on"
+        things.append(article(f"{thing.size} {thing.colour} {thing.shape} {where} the {thing.place}"))
+    ground = scene.colour if scene.texture == "plain" else f"{scene.texture} {scene.colour}"
+    return f"{' and '.join(things)} on {article(str(ground))} background"
 
 
 def held_out_prompts(count: int, seed: int = 1) -> list[str]:

@@ -7,15 +7,7 @@ from agentsd.evaluation.protocols import Scores
 
 @dataclass(frozen=True)
 class Column:
-    """A score in the tables.
-
-    Attributes:
-        key: its name in JSON.
-        label: its name in tables.
-        better: `less`, `more`, or empty where neither is.
-        digits: after the point.
-        about: one sentence.
-    """
+    """A score in the tables: `better` is less or more, `digits` are those after the point, `about` is one sentence."""
 
     key: str
     label: str
@@ -33,6 +25,7 @@ def columns(scores: Scores) -> list[Column]:
     from agentsd.demo.checker import ATTRIBUTES
 
     distance, stock = "to the reference in features of", "to the stock image of the same seed"
+    right = "images in which the attribute checker finds all that is asked for, and nothing else"
     pytorch_fid, checker = "Inception, as pytorch-fid feeds it", "the embedded attribute checker"
     found = [
         ("inception_frechet", "FID", "less", 2, f"Fréchet distance {distance} Inception"),
@@ -53,7 +46,7 @@ def columns(scores: Scores) -> list[Column]:
             "all right, %",
             "more",
             1,
-            "images with all that is asked for, and nothing else",
+            right,
         ),
         ("psnr", "PSNR, dB", "more", 1, f"{stock}, median"),
         ("ssim", "SSIM", "more", 4, stock),

@@ -23,7 +23,7 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "agentsd", "font.size": 9, **ink, **plain}
     drawn: list[tuple[str, str]] = []
     with matplotlib.rc_context(style):
-        for column in drawn_columns(result):
+        for column in _drawn(result):
             if all("time" in row for row in result["methods"]) and len(result["methods"]) > 1:
                 drawn.append((f"{column['label']} against speed", _scatter(result, column)))
             title = f"{column['label']}, with intervals"
@@ -33,15 +33,12 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     return drawn
 
 
-def drawn_columns(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The scores that are drawn: the first distance to the reference, the first of adherence and closeness to stock."""
-    keys = [column["key"] for column in result["columns"]]
-    first = (
-        next((key for key in keys if key.endswith("_frechet")), None),
-        next((key for key in keys if key in ("clip", "attributes_all")), None),
-        next((key for key in keys if key in ("psnr", "lpips", "ssim")), None),
-    )
-    return [column for column in result["columns"] if column["key"] in first]
+def _drawn(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first distance to the reference, the first score of adherence and the first of closeness to stock."""
+    columns = result["columns"]
+    kinds = (r".*_frechet", r"clip|attributes_all", r"psnr|lpips|ssim")
+    found = [next((c for c in columns if re.fullmatch(kind, c["key"])), None) for kind in kinds]
+    return [column for column in columns if column in found]
 
 
 def pareto(points: Sequence[tuple[float, float]], less: bool) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agentsd.demo.checker import SIZE, AttributeChecker
 from agentsd.pipelines import one_line
 
 
@@ -30,17 +31,13 @@ class Weights:
     lpips: Path | None = None
     clip: str | None = None
     dinov2: str | None = None
-    checker: Path | None = None
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that makes features of pictures.
+    """One of `protocols.NETWORKS` with the hash of its weights.
 
-    Attributes:
-        name, size: one of `protocols.NETWORKS`, and the number of its features.
-        sha256: of its weights.
-        extract: B×3×H×W bytes → B×size features, and B×classes logits or None.
+    `extract` makes B×size features of B×3×H×W bytes, and B×classes logits or None.
     """
 
     name: str
@@ -111,10 +108,8 @@ def _dinov2(weights: Weights, hub: str) -> Loaded:
     return model, model.config.hidden_size, features
 
 
-def _checker(weights: Weights, _: str) -> Loaded:
-    from agentsd.demo.checker import AttributeChecker
-
-    model = AttributeChecker.load(weights.checker)
+def _checker(*_: Any) -> Loaded:
+    model = AttributeChecker.load()
     return model, model.squeeze.out_features, lambda images: model.features(images.float() / 255)
 
 
@@ -178,15 +173,13 @@ def _in_torch_hub(path: Path | None, url: str) -> Iterator[None]:
             torch.hub.set_dir(before)
 
 
-def load_checker_distance(path: Path | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def load_checker_distance(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS's formula on the attribute checker's layers, all weighted alike: B×3×H×W bytes twice → B distances.
 
     Squared differences of features of unit length over the channels, averaged over the positions and summed over the
     layers (Zhang et al., CVPR 2018, equation 1 with w = 1).
     """
-    from agentsd.demo.checker import SIZE, AttributeChecker
-
-    model = AttributeChecker.load(path).to(device)
+    model = AttributeChecker.load().to(device)
 
     def layers(images: Tensor) -> list[Tensor]:
         x = F.interpolate(images.to(device).float() / 255, (SIZE, SIZE), mode="bilinear", antialias=True) - 0.5

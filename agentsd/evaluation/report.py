@@ -17,11 +17,6 @@ from agentsd.results import filled, markdown_table, read_json, write_json, write
 MARK = "agentsd-eval"
 THUMBNAIL = 256
 PER_METHOD = 6
-LEGEND = (
-    "± is half of the 95 % interval over resamples of the images. ≈: the difference to stock, image by image of the "
-    "same seeds, is within noise; otherwise it is better or worse. Time is the median over batches, × stock the median "
-    "ratio on the same batches."
-)
 # key of a row's time: label, explanation, unit
 _TIMES = {
     "seconds": ("s/image", "median over batches", 1),
@@ -129,23 +124,19 @@ def findings(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where the numbers come from."""
-    found = []
-    for key, value in result["provenance"].items():
-        if key == "sessions":
-            for number, session in enumerate(value, 1):
-                found.append((f"session {number}, command", " ".join(session["command"])))
-                found.append((f"session {number}", _listed({k: v for k, v in session.items() if k != "command"})))
-        elif isinstance(value, dict):
-            found.append((key, _listed(value)))
-        elif value is not None:
-            found.append((key, str(value)))
-    return found
+def facts(result: dict[str, Any]) -> dict[str, str]:
+    """Where the numbers come from, by name."""
+    found: dict[str, Any] = dict(result["provenance"])
+    for number, session in enumerate(found.pop("sessions", []), 1):
+        found[f"session {number}, command"] = " ".join(session["command"])
+        found[f"session {number}"] = {key: value for key, value in session.items() if key != "command"}
+    return {key: _listed(value) for key, value in found.items() if value is not None}
 
 
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+def _listed(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -172,7 +163,6 @@ def _render(template: str, result: dict[str, Any], **values: Any) -> str:
     rows, protocol = result["methods"], result["protocol"]
     return environment.get_template(template).render(
         result=result,
-        legend=LEGEND,
         findings=findings(result),
         facts=facts(result),
         methods=[row | {"text": json.dumps(s, ensure_ascii=False)} for row in rows if (s := row.get("settings"))],

@@ -62,10 +62,10 @@ class Scorer:
             if name == "lpips":
                 self.distances[name] = networks.load_lpips(scores.lpips, weights.lpips, device)
             elif name == "checker":
-                self.distances[name] = networks.load_checker_distance(weights.checker, device)
+                self.distances[name] = networks.load_checker_distance(device)
             else:
                 self.distances[name] = partial(metrics.pair_distances, name)
-        self.checker = AttributeChecker.load(weights.checker).to(device) if "attributes" in scores.adherence else None
+        self.checker = AttributeChecker.load().to(device) if "attributes" in scores.adherence else None
 
     def check_number(self, images: int) -> None:
         """Raise ValueError if there are fewer images than features and nobody has allowed it."""

@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from agentsd.demo import scenes
 from agentsd.demo.checker import AttributeChecker
-from agentsd.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene
+from agentsd.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene, article
 from agentsd.drawing import draw
 
 LENGTH = 32
@@ -212,6 +212,31 @@ def grow(unet: UNet2DConditionModel, coarse: UNet2DConditionModel) -> None:
     for a, b, channel in itertools.product(range(3), range(3), range(4)):
         (row, u), (column, v) = where[a], where[b]
         halve.weight[:, 8 * row + 4 * column + channel, u, v] += GROWN_SCALE * first["weight"][:, channel, a, b]
+
+
+def described(scene: Scene, rng: random.Random) -> str:
+    """A scene in words as `scenes.caption`, but some parts left out and joined in different ways."""
+
+    def keep(probability: float) -> bool:
+        return rng.random() < probability
+
+    parts = []
+    for thing in scene.things:
+        words = [thing.size] if thing.size and keep(0.88) else []
+        if thing.colour and keep(0.95):
+            words.append(thing.colour)
+        words.append(str(thing.shape))
+        text = article(" ".join(words))
+        if thing.place and keep(0.88):
+            text += f" in the {thing.place}" if thing.place == "center" else f" on the {thing.place}"
+        parts.append(text)
+    joiner = ", " if rng.random() < 0.5 else " and "
+    text = joiner.join(parts)
+    if scene.colour and scene.texture and keep(0.9):
+        plain = scene.texture == "plain" and rng.random() < 0.8
+        ground = scene.colour if plain else f"{scene.texture} {scene.colour}"
+        text += (", on " if rng.random() < 0.4 else " on ") + article(ground) + " background"
+    return text
 
 
 def labels(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -461,7 +486,7 @@ class Trainer:
             def batch(step: int) -> tuple[Tensor, ...]:
                 rng = random.Random(f"{self.recipe.seed}/text/{step}/{self.accelerator.process_index}")
                 chosen = [scenes.sample(rng) for _ in range(128 // self.accelerator.num_processes)]
-                return self.tokens([scenes.caption(scene, rng) for scene in chosen]), *labels(chosen)
+                return self.tokens([described(scene, rng) for scene in chosen]), *labels(chosen)
 
             self.fit("text", task, self.recipe.text_steps, batch, lambda done: 1e-3 * (1 - done))
             if self.accelerator.is_main_process:
@@ -517,9 +542,7 @@ class Trainer:
 
         def batch(step: int) -> tuple[Tensor, ...]:
             chosen, images, masks, rng = self.draw(name, step, stage.batch, stage.grid * 4)
-            prompts = [
-                "" if rng.random() < self.recipe.empty_captions else scenes.caption(scene, rng) for scene in chosen
-            ]
+            prompts = ["" if rng.random() < self.recipe.empty_captions else described(scene, rng) for scene in chosen]
             with torch.no_grad():
                 latents = vae.encode(images.to(self.device)).latents.float().cpu() * vae.config.scaling_factor
             # Stratified: the batch covers the schedule evenly.

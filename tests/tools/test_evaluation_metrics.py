@@ -207,7 +207,7 @@ def test_inception_score_of_sure_and_unsure_classes() -> None:
 
 
 def test_checker_distance_is_lpips_formula() -> None:
-    distance = load_checker_distance(None, CPU)
+    distance = load_checker_distance(CPU)
     stock = torch.randint(0, 256, (2, 3, 128, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = stock.flip(3)
     model = AttributeChecker.load().double()
