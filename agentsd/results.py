@@ -154,23 +154,22 @@ def environment(device: str) -> dict[str, Any]:
     import torch
 
     names = ("torch", "diffusers", "transformers", "agentsd", "tomesd", "DeepCache", "tgate")
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     cuda = torch.device(device).type == "cuda"
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         **{name: found for name in names if (found := version(name))},
         "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
-        "driver": _driver() if cuda else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _output("git", "rev-parse", "HEAD"),
     }
 
 
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+def _output(*command: str) -> str | None:
+    """The first line that a command prints beside this file; None where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return next(iter(done.stdout.splitlines()), None)
 
 
 def _cpu() -> str:

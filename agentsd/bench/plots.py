@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# title, name of the horizontal axis, of the vertical axis, values by line and place
-Panel = tuple[str, str, str, dict[str, dict[int, float]]]
+# title, unit, key in the result, factor of what is stored
+_RUNS = ("mean UNet call of a 50-step schedule", "s", "schedule", 1), ("peak memory", "GiB", "memory", 2**-30)
+_LAYERS = ("one self-attention layer", "ms", "layers", 1000), ("memory of a call", "MiB", "memory", 2**-20)
 
 
 def draw(result: dict[str, Any], output: Path) -> Path:
@@ -25,10 +26,11 @@ def _panels(result: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     layers = "layers" in result
-    panels = _layers(result) if layers else _runs(result)
+    found = [(title, unit, _lines(result, key, scale)) for title, unit, key, scale in (_LAYERS if layers else _RUNS)]
+    panels = [panel for panel in found if panel[2]]
     figure = Figure(figsize=(6.4 * len(panels), 5.4 if layers else 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (title, across, unit, lines) in zip(axes[0], panels, strict=True):
+    for axis, (title, unit, lines) in zip(axes[0], panels, strict=True):
         if all(len(values) == 1 for values in lines.values()):
             colors = ["0.4" if name.startswith(("stock", "floor")) else "C0" for name in lines]
             axis.barh(list(lines), [value for values in lines.values() for value in values.values()], color=colors)
@@ -38,7 +40,7 @@ def _panels(result: dict[str, Any]) -> "Figure":
             for name, values in lines.items():
                 style = {"stock": "k-", "floor": "k:"}.get(name.split(" (")[0].split(":")[0], "-")
                 axis.plot(list(values), list(values.values()), style, marker="o", label=name)
-            axis.set(xlabel=across, ylabel=unit)
+            axis.set(xlabel="tokens" if layers else "latent cells a side", ylabel=unit)
             if layers:
                 _logarithmic(axis, list(next(iter(lines.values()))))
             else:
@@ -48,33 +50,16 @@ def _panels(result: dict[str, Any]) -> "Figure":
     return figure
 
 
-def _runs(result: dict[str, Any]) -> list[Panel]:
-    panels: list[Panel] = []
-    kinds = ("mean UNet call of a 50-step schedule", "s", "schedule", 1), ("peak memory", "GiB", "memory", 2**-30)
-    for title, unit, key, scale in kinds:
-        lines: dict[str, dict[int, float]] = {}
-        for run in result["runs"]:
-            for method, value in run[key].items():
-                lines.setdefault(method, {})[run["setting"]["latent"][1]] = value * scale
-        panels += [(title, "latent cells a side", unit, lines)] if lines else []
-    return panels
-
-
-def _layers(result: dict[str, Any]) -> list[Panel]:
-    kinds = ("one self-attention layer", "ms", "layers", 1000), ("memory of a call", "MiB", "memory", 2**-20)
-    return [
-        (
-            title,
-            "tokens",
-            unit,
-            {
-                f"{name} (exponent {exponent(row):.2f})": {int(n): value * scale for n, value in row.items()}
-                for name, row in result[key].items()
-            },
-        )
-        for title, unit, key, scale in kinds
-        if key in result
-    ]
+def _lines(result: dict[str, Any], key: str, scale: float) -> dict[str, dict[int, float]]:
+    """Values by name and place: the number of tokens, or the side of the latents."""
+    if "layers" in result:
+        rows = result.get(key, {})
+        return {f"{n} (exponent {exponent(r):.2f})": {int(k): v * scale for k, v in r.items()} for n, r in rows.items()}
+    lines: dict[str, dict[int, float]] = {}
+    for run in result["runs"]:
+        for method, value in run[key].items():
+            lines.setdefault(method, {})[run["setting"]["latent"][1]] = value * scale
+    return lines
 
 
 def _logarithmic(axis: "Axes", counts: list[int]) -> None:

@@ -111,22 +111,22 @@ class Tuner:
         self, part: int, name: str | None, times: dict[str, float], errors: dict[str, float]
     ) -> list[list[Point]]:
         """What a part costs with one step cache (None: without), and what the attention of each level adds."""
-        candidates = self.candidates
-        calls, cache = set(candidates.parts[part]), candidates.caches.get(name or "")
-        full = len(calls.intersection(full_steps(self.calls, cache))) if cache else len(calls)
-        cached, step = len(calls) - full, f"{cache.layers} layers" if cache else ""
+        candidates, calls = self.candidates, self.candidates.parts[part]
+        full, cached, step = len(calls), 0, ""
         base = Point(float(full), 0.0)
-        if cache and name:
+        if name is not None:
+            cache = candidates.caches[name]
+            full = len(set(calls).intersection(full_steps(self.calls, cache)))
+            cached, step = len(calls) - full, f"{cache.layers} layers"
             base = Point(full + cached * times[f"{step}: None"], errors[name], ((part, "steps", name),))
         groups = [[base]]
         for level, attentions in candidates.attentions.items():
-            options = [Point(0.0, 0.0)]
+            groups.append([Point(0.0, 0.0)])
             for attention in attentions:
                 more = full * (times[key(level, attention)] - 1)
-                if cache and level == candidates.finest:
+                if cached and level == candidates.finest:
                     more += cached * (times[f"{step}: {attention}"] - times[f"{step}: None"])
-                options.append(Point(more, errors[key(level, attention)], ((part, level, attention),)))
-            groups.append(options)
+                groups[-1].append(Point(more, errors[key(level, attention)], ((part, level, attention),)))
         return groups
 
     @cached_property
