@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -72,14 +72,7 @@ def run(
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows a table in question marks
             stream.reconfigure(errors="replace")
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         say(program, f"warning: {' '.join(str(message).split())}")
 
     try:
