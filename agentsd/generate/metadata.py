@@ -19,6 +19,7 @@ _ORDER = (
     *("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model hash", "Model", "Denoising strength"),
     *("Batch size", "Batch pos", "AgentSD", "AgentSD run", "Version"),
 )
+_SAMPLING = (("Steps", "steps", int), ("CFG scale", "guidance_scale", float), ("Seed", "seed", int))
 # Of "AgentSD run", what is a setting of the same name.
 _SETTINGS = {
     *("model", "model_config", "lora", "dtype", "device", "scheduler", "attention_backend", "compile", "threads"),
@@ -28,16 +29,8 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a PNG file says about how its image was made.
-
-    Attributes:
-        settings: by the names of the command's options.
-        config: None is stock.
-        batch: its size, and the image's position in it.
-        model_hash: `pipelines.fingerprint`.
-        files: SHA-256 of the files that an option names.
-        versions: of torch and diffusers.
-    """
+    """What a PNG file says about how its image was made: options of the command, the configuration (None is stock), the
+    size of its batch and the position in it, `pipelines.fingerprint`, and the SHA-256 of files that options name."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     config: AgentSDConfig | None = None
@@ -58,16 +51,9 @@ def read(path: Path) -> Recorded:
     try:
         run = json.loads(fields.get("AgentSD run", "{}"))
         files, versions = run.pop("sha256", {}), run.pop("versions", {})
-        width, _, height = fields["Size"].partition("x")
-        settings = {
-            "prompt": [prompt],
-            "negative_prompt": negative_prompt,
-            "steps": int(fields["Steps"]),
-            "guidance_scale": float(fields["CFG scale"]),
-            "seed": int(fields["Seed"]),
-            "width": int(width),
-            "height": int(height),
-        }
+        settings: dict[str, Any] = {key: kind(fields[name]) for name, key, kind in _SAMPLING}
+        width, height = map(int, fields["Size"].split("x"))
+        settings |= {"prompt": [prompt], "negative_prompt": negative_prompt, "width": width, "height": height}
         names = [name for name, (*_, sampler) in pipelines.SCHEDULERS.items() if sampler == fields["Sampler"]]
         if "AgentSD run" not in fields and names:
             settings["scheduler"] = names[0]
@@ -104,13 +90,11 @@ def describe_run(
     """The fields that all images of a run have in common, by the web UIs' names.
 
     Args:
-        pipe: which has drawn.
+        pipe: the pipeline that draws.
         run: settings that the web UIs have no names for; those that are empty are left out.
-        steps: denoising steps.
-        guidance_scale: of classifier-free guidance.
+        steps, guidance_scale, strength: of the call; strength only where the image starts from another.
         size: width and height in pixels.
         model_hash: `pipelines.fingerprint`.
-        strength: of an image that starts from another.
     """
     model = Path(run["model"])
     return {
@@ -135,15 +119,11 @@ def parameters(
     batch: tuple[int, int] = (1, 0),
 ) -> str:
     """The text of one image of a run; `batch` is its batch's size and its position in it."""
-    size, position = batch
-    image = {
-        "Seed": seed,
-        "Batch size": size if size > 1 else None,
-        "Batch pos": position if size > 1 else None,
-        "AgentSD": "off" if config is None else json.dumps(config.to_dict()),
-    }
-    pairs = {name: (image | dict(fields))[name] for name in _ORDER}
-    return format_parameters(prompt, negative_prompt, pairs)
+    image: dict[str, Any] = {"Seed": seed, "AgentSD": "off" if config is None else json.dumps(config.to_dict())}
+    if batch[0] > 1:
+        image |= {"Batch size": batch[0], "Batch pos": batch[1]}
+    pairs = image | dict(fields)
+    return format_parameters(prompt, negative_prompt, {name: pairs.get(name) for name in _ORDER})
 
 
 def plain(value: float) -> str:

@@ -81,39 +81,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images made in one call: a prompt and a seed for each, and which of them are wanted."""
+    """Images made in one call: a prompt and a seed for each, and the positions of those that are wanted."""
 
     prompts: list[str]
-    seeds: list[int]
-    wanted: list[int]
+    seeds: Sequence[int]
+    wanted: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked.
-
-    Attributes:
-        settings: all of them.
-        recorded: what `--from-png` says and no option replaces.
-        path: of the model; None before a download.
-        config: None is stock.
-        batches: what to draw.
-        output: where to.
-        device, dtype: of the model.
-        loras: with their weights.
-        image, mask: to start from.
-    """
+    """A request that was checked."""
 
     settings: Settings
-    recorded: Recorded
-    path: Path | None
-    config: AgentSDConfig | None
+    recorded: Recorded  # by --from-png
+    path: Path | None  # of the model; None before a download
+    config: AgentSDConfig | None  # None is stock
     batches: list[Batch]
     output: Output
     device: torch.device
     dtype: torch.dtype
-    loras: list[tuple[Path, float]]
-    image: Image | None
+    loras: list[tuple[Path, float]]  # with their weights
+    image: Image | None  # to start from
     mask: Image | None
 
 
@@ -126,12 +114,14 @@ def check(given: dict[str, Any]) -> Plan:
     Raises:
         ValueError, OSError: in one sentence, for the first thing that cannot be done.
     """
-    recorded = _without(read(given["from_png"]), given) if "from_png" in given else Recorded()
+    recorded = read(given["from_png"]) if "from_png" in given else Recorded()
+    if "model" in given:
+        recorded = replace(recorded, model_hash=None)
     settings = Settings(**recorded.settings | given)
     config = _config(settings, given, recorded)
     if settings.compare and config is None:
         raise ValueError("--compare shows stock and accelerated: leave out --stock, or name a --preset")
-    batches = _batches(settings, recorded)
+    batches = _batches(settings, (1, 0) if "batch_size" in given else recorded.batch)
     count = sum(len(batch.wanted) for batch in batches)
     output = Output(settings.output, count, ("", "-stock", "-accelerated") if settings.compare else ("",))
     device = pipelines.find_device(settings.device)
@@ -141,9 +131,9 @@ def check(given: dict[str, Any]) -> Plan:
     if settings.attention_backend:
         pipelines.check_attention_backend(settings.attention_backend)
     image, mask = _pictures(settings)
-    files = settings.files()
-    for option, hashes in recorded.files.items():
-        if (named := files.get(option)) and hashes != [pipelines.sha256(file) for file in named]:
+    for option, files in settings.files().items():
+        hashes = None if option in given else recorded.files.get(option)
+        if hashes and files and hashes != [pipelines.sha256(file) for file in files]:
             raise ValueError(f"the {option.replace('_', ' ')} has changed since {settings.from_png} was made")
     path = pipelines.find(settings.model, allow_pickle=settings.allow_pickle)
     settings.check_size(pipelines.size_multiple(path))
@@ -154,16 +144,6 @@ def check(given: dict[str, Any]) -> Plan:
             warnings.warn(f"the demo model does not know: {', '.join(unknown)}", AgentSDWarning, stacklevel=2)
     loras = [_lora(text) for text in settings.lora]
     return Plan(settings, recorded, path, config, batches, output, device, dtype, loras, image, mask)
-
-
-def _without(recorded: Recorded, given: dict[str, Any]) -> Recorded:
-    """What a file says, without what other options replace."""
-    return replace(
-        recorded,
-        batch=(1, 0) if "batch_size" in given else recorded.batch,
-        model_hash=None if "model" in given else recorded.model_hash,
-        files={option: hashes for option, hashes in recorded.files.items() if option not in given},
-    )
 
 
 def _config(settings: Settings, given: dict[str, Any], recorded: Recorded) -> AgentSDConfig | None:
@@ -180,7 +160,11 @@ def _config(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Ag
         return None
     else:
         config = recorded.config or AgentSDConfig.from_preset("paper")
-    return config.assign(_assignments(settings.set))
+    values = _assignments(settings.set)
+    config = config.assign(values)
+    # An attention that was assigned after a field may not have it: the same error as before it.
+    config.assign({key: value for key, value in values.items() if not key.endswith("attention")})
+    return config
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:
@@ -198,7 +182,7 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _batches(settings: Settings, recorded: Recorded) -> list[Batch]:
+def _batches(settings: Settings, place: tuple[int, int]) -> list[Batch]:
     prompts = read_prompts("--prompt-file", settings.prompt_file) if settings.prompt_file else settings.prompt
     if not prompts:
         raise ValueError("--prompt, --prompt-file or --from-png is needed")
@@ -210,15 +194,12 @@ def _batches(settings: Settings, recorded: Recorded) -> list[Batch]:
     if len(prompts) == 1:
         # Kernels round by the shape they are given: for the same bits, a repeated image takes its place in a batch
         # of the same size, whose other images are made and dropped.
-        size, position = recorded.batch
-        seeds = [settings.seed + index - position for index in range(size)]
+        size, position = place
+        seeds = range(settings.seed - position, settings.seed - position + size)
         return [Batch(prompts * size, seeds, [position])]
-    starts = range(0, len(prompts), settings.batch_size)
-    parts = [prompts[start : start + settings.batch_size] for start in starts]
-    return [
-        Batch(part, [settings.seed + start + index for index in range(len(part))], list(range(len(part))))
-        for start, part in zip(starts, parts, strict=True)
-    ]
+    seeds = range(settings.seed, settings.seed + len(prompts))
+    parts = [slice(start, start + settings.batch_size) for start in range(0, len(prompts), settings.batch_size)]
+    return [Batch(prompts[part], seeds[part], range(len(prompts[part]))) for part in parts]
 
 
 def read_prompts(option: str, file: Path) -> list[str]:

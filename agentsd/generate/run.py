@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,8 @@ from agentsd.images import comparison, difference, psnr
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STOCK, ACCELERATED = "stock", "accelerated"
-
-
-@dataclass(frozen=True)
-class Written:
-    """The files of one image, the one to look at first, and a line on it."""
-
-    paths: list[Path]
-    line: str
+STOCK, ACCELERATED = KINDS = "stock", "accelerated"
+Written = tuple[list[Path], str]  # the files of one image, the one to look at first, and a line on it
 
 
 class Run:
@@ -66,26 +58,33 @@ class Run:
             images, seconds = self._draw(batch, label)
             for index in batch.wanted:
                 paths = self.plan.output.save([(images[index], self._text(batch, index, self.plan.config))])
-                yield Written(paths, f"seed {batch.seeds[index]}, {seconds:.2f} s")
+                yield paths, f"seed {batch.seeds[index]}, {seconds:.2f} s"
 
     def comparisons(self) -> Iterator[Written]:
         """Draw each image stock and accelerated, by turns, and write both and a picture of both."""
         settings, batches = self.plan.settings, self.plan.batches
         few = math.ceil(4 / self._call.get("strength", 1))  # enough to meet every phase; a compilation may need all
         warm_up = settings.steps if settings.compile else min(few, settings.steps)
-        kinds = (STOCK, ACCELERATED)
-        for kind in kinds:
+        for kind in KINDS:
             self._draw(batches[0], f"warm-up, {kind}", kind, num_inference_steps=warm_up)
         how = f"each timed once, by turns, after a warm-up of {warm_up} steps each"
         for number, (batch, label) in enumerate(zip(batches, _labels(batches), strict=True)):
-            order = kinds if number % 2 == 0 else kinds[::-1]
+            order = KINDS if number % 2 == 0 else KINDS[::-1]
             drawn = {kind: self._draw(batch, f"{label}, {kind}", kind) for kind in order}
+            (stock, before), (accelerated, after) = (drawn[kind] for kind in KINDS)
             for index in batch.wanted:
-                images = [drawn[kind][0][index] for kind in kinds]
-                yield self._compared(batch, index, images, [drawn[kind][1] for kind in kinds], how)
+                yield self._compared(batch, index, stock[index], accelerated[index], (before, after), how)
 
-    def _compared(self, batch: Batch, index: int, images: list[Image.Image], seconds: list[float], how: str) -> Written:
-        (stock, accelerated), (before, after) = images, seconds
+    def _compared(
+        self,
+        batch: Batch,
+        index: int,
+        stock: Image.Image,
+        accelerated: Image.Image,
+        seconds: tuple[float, float],
+        how: str,
+    ) -> Written:
+        before, after = seconds
         decibels = psnr(accelerated, stock)
         closeness = "identical" if decibels == math.inf else f"PSNR {decibels:.1f} dB"
         speed = f"{before / after:.2f}x"
@@ -100,7 +99,7 @@ class Run:
         texts = [self._text(batch, index, config) for config in (None, self.plan.config)]
         paths = self.plan.output.save([(picture, texts[1]), (stock, texts[0]), (accelerated, texts[1])])
         times = f"stock {before:.2f} s, accelerated {after:.2f} s ({speed}), {closeness}, {how}"
-        return Written(paths, f"{seed}, {times}; beside it {paths[1].name} and {paths[2].name}")
+        return paths, f"{seed}, {times}; beside it {paths[1].name} and {paths[2].name}"
 
     def _draw(
         self, batch: Batch, label: str, kind: str = ACCELERATED, **changes: Any
@@ -108,17 +107,11 @@ class Run:
         """The images of a batch, and the seconds for each."""
         settings, size = self.plan.settings, len(batch.prompts)
         call: dict[str, Any] = self._call | changes
-        for name in call.keys() & {"image", "mask_image"}:
-            call[name] = [call[name]] * size
+        call |= {name: [call[name]] * size for name in call.keys() & {"image", "mask_image"}}
+        if settings.negative_prompt:
+            call["negative_prompt"] = [settings.negative_prompt] * size
         with disabled(self.pipe) if kind == STOCK else nullcontext():
-            drawn = draw(
-                self.pipe,
-                batch.prompts,
-                batch.seeds,
-                label=None if settings.quiet else label,
-                negative_prompt=[settings.negative_prompt] * size if settings.negative_prompt else None,
-                **call,
-            )
+            drawn = draw(self.pipe, batch.prompts, batch.seeds, label=None if settings.quiet else label, **call)
         if drawn.flagged:
             _warn(f"the model's safety checker has blackened an image ({label})")
         images = drawn.images

@@ -551,6 +551,8 @@ def test_full_disk_leaves_no_half_file(run: Run, tmp_path: Path, monkeypatch: py
             "--preset fast --ratio 0.3",
             "ratio=0.3 has no effect: it is for attention agent or merge",
         ),
+        ("--ratio 0.3 --set attention=kv", "ratio=0.3 has no effect: it is for attention agent or merge"),
+        ("--set attention=kv --ratio 0.3", "ratio=0.3 has no effect: it is for attention agent or merge"),
         ("--preset nosuch", "preset is 'nosuch'"),
         ("--config nosuch.yaml", "nosuch.yaml: No such file or directory"),
         ("--config unknown.yaml", "no field 'ratoi'"),
