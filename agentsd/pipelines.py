@@ -13,14 +13,8 @@ import torch
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # name: diffusers class, what replaces fields of the model's scheduler configuration, name in the common web UIs
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ddim": ("DDIMScheduler", {}, "DDIM"),
@@ -82,7 +76,7 @@ def _dtype_argument() -> str:
 
 
 def find(model: str | Path, *, allow_pickle: bool = False) -> Path | None:
-    """Return where a model lies, ``None`` for a hub id; everything that can be checked without loading is checked."""
+    """Where a model lies, None for a hub id; ValueError for what can be seen to be wrong without loading."""
     from agentsd.demo import MODEL
 
     path = MODEL if model == "demo" else Path(model).expanduser()
@@ -90,9 +84,7 @@ def find(model: str | Path, *, allow_pickle: bool = False) -> Path | None:
         _check_folder(path, allow_pickle)
     elif path.is_file():
         if path.suffix in PICKLED and not allow_pickle:
-            raise ValueError(
-                f"{path} is pickled and may run code when loaded; allow_pickle (--allow-pickle) permits it"
-            )
+            _refuse_pickle(path)
         if path.suffix not in (".safetensors", *PICKLED):
             raise ValueError(f"model {str(model)!r} is neither a .safetensors file nor a folder with a pipeline")
         check_safetensors(path)
@@ -107,7 +99,7 @@ def find(model: str | Path, *, allow_pickle: bool = False) -> Path | None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise ValueError if a file that claims to be safetensors is not, or is cut off."""
+    """ValueError if a file that claims to be safetensors is not, or is cut off."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
@@ -119,31 +111,33 @@ def check_safetensors(path: Path) -> None:
         raise ValueError(f"{path} is not a sound safetensors file ({one_line(error)})") from error
 
 
+def _refuse_pickle(path: Path) -> NoReturn:
+    raise ValueError(f"{path} is pickled and may run code when loaded; allow_pickle (--allow-pickle) permits it")
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", *PICKLED)]
+
+
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"folder {folder} holds no pipeline: there is no model_index.json in it")
-    for name in _components(index):
-        weights = [file for file in sorted((folder / name).glob("*")) if file.suffix in (".safetensors", *PICKLED)]
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        names = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None]
+    except (ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{index} is not a pipeline index ({one_line(error)})") from error
+    for weights in (_weights(folder / name) for name in names):
         sound = [file for file in weights if file.suffix == ".safetensors"]
         if weights and not sound and not allow_pickle:
-            raise ValueError(
-                f"{weights[0]} is pickled and may run code when loaded; allow_pickle (--allow-pickle) permits it"
-            )
+            _refuse_pickle(weights[0])
         for file in sound:
             check_safetensors(file)
 
 
-def _components(index: Path) -> list[str]:
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        return [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None]
-    except (ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{index} is not a pipeline index ({one_line(error)})") from error
-
-
 def download(model: str, *, allow_pickle: bool = False) -> Path:
-    """Return the folder of a hub id in the local cache, downloaded if need be."""
+    """The folder of a hub id in the local cache, downloaded if need be."""
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -152,9 +146,8 @@ def download(model: str, *, allow_pickle: bool = False) -> Path:
     except Exception as error:  # the hub's client raises many kinds, of several libraries
         if isinstance(error.__cause__ or error, RepositoryNotFoundError):
             raise ValueError(f"unknown model {model!r}: the hub has none of this name, or it is private") from error
-        raise ValueError(
-            f"model {model!r} is not on this machine and could not be downloaded ({one_line(error.__cause__ or error)})"
-        ) from error
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(f"model {model!r} is not on this machine and could not be downloaded ({reason})") from error
     _check_folder(path, allow_pickle)
     return path
 
@@ -176,19 +169,18 @@ def _load_file(path: Path, config: str | Path | None, options: dict[str, Any]) -
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
     try:
-        found = config or fetch_diffusers_config(load_single_file_checkpoint(path))["pretrained_model_name_or_path"]
-        source = str(found)
+        source = config or fetch_diffusers_config(load_single_file_checkpoint(path))["pretrained_model_name_or_path"]
     except Exception as error:
         _fail(path, error)
     try:
-        class_name = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
+        class_name = diffusers.DiffusionPipeline.load_config(str(source))["_class_name"]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} needs the configuration of {source}, which is not on this machine and could not be downloaded; "
             "config (--model-config) names a folder or hub id to take it from"
         ) from error
     try:
-        return getattr(diffusers, class_name).from_single_file(str(path), config=source, **options)
+        return getattr(diffusers, class_name).from_single_file(str(path), config=str(source), **options)
     except Exception as error:
         _fail(path, error)
 
@@ -200,7 +192,7 @@ def _fail(path: Path, error: Exception) -> NoReturn:
 
 
 def for_task(pipe: "DiffusionPipeline", *, image: bool = False, mask: bool = False) -> "DiffusionPipeline":
-    """Return the pipeline over the same modules that makes images from text, from an image, or within a mask."""
+    """The pipeline over the same modules that makes images from text, from an image, or within a mask."""
     if pipe.unet.config.in_channels == 9 and not mask:
         raise ValueError("the model is made for inpainting and needs an initial image and a mask")
     if not image and not mask and not re.search("Img2Img|Inpaint", type(pipe).__name__):
@@ -212,7 +204,7 @@ def for_task(pipe: "DiffusionPipeline", *, image: bool = False, mask: bool = Fal
 
 
 def size_multiple(model: "DiffusionPipeline | Path | None") -> int:
-    """Return what width and height must be a multiple of: the VAE's factor, and 8, which diffusers' pipelines need."""
+    """What width and height must be a multiple of: the VAE's factor, and 8, which diffusers' pipelines need."""
     factor = 8
     if isinstance(model, Path):
         config = model / "vae" / "config.json"
@@ -226,23 +218,18 @@ def size_multiple(model: "DiffusionPipeline | Path | None") -> int:
 
 
 def default_size(pipe: "DiffusionPipeline") -> tuple[int, int]:
-    """Return the (width, height) in pixels that the model was made for."""
+    """Width and height in pixels that the model was made for."""
     size = pipe.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
-    """Return a device that exists; ``None`` is the best one there is."""
-    names = ["cpu"]
-    if torch.backends.mps.is_available():
-        names.insert(0, "mps")
-    if torch.cuda.is_available():
-        names.insert(0, "cuda")
-    if device is None:
-        return torch.device(names[0])
+    """A device that exists; None is the best one there is."""
+    backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name, is_there in backends.items() if is_there]
     try:
-        found = torch.device(device)
+        found = torch.device(names[0] if device is None else device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = torch.device("meta")
@@ -252,7 +239,7 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return a dtype by name; ``None`` is float16 on CUDA and float32 elsewhere."""
+    """A dtype by name; None is float16 on CUDA and float32 elsewhere."""
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype):
@@ -262,8 +249,21 @@ def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return DTYPES[dtype]
 
 
+def check_scheduler(name: str) -> None:
+    """ValueError unless a scheduler has this name and can run."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {name!r}")
+    if name == "lms":
+        _check_package("scheduler 'lms'", "scipy")
+
+
+def _check_package(what: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} needs the package {package}, which is not installed")
+
+
 def set_scheduler(pipe: "DiffusionPipeline", name: str) -> None:
-    """Replace the pipeline's scheduler by one of :data:`SCHEDULERS`, with the noise schedule of the model kept."""
+    """Replace the pipeline's scheduler by one of `SCHEDULERS`, with the noise schedule of the model kept."""
     import diffusers
 
     check_scheduler(name)
@@ -271,25 +271,17 @@ def set_scheduler(pipe: "DiffusionPipeline", name: str) -> None:
     pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.scheduler.config, **overrides)
 
 
-def check_scheduler(name: str) -> None:
-    """Raise ValueError unless a scheduler has this name and can run."""
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {name!r}")
-    if name == "lms" and importlib.util.find_spec("scipy") is None:
-        raise ValueError("scheduler 'lms' needs the package scipy, which is not installed")
-
-
 def sampler_name(pipe: "DiffusionPipeline") -> str:
-    """Return the pipeline's scheduler under the name the common web UIs give it, or its class name."""
-    scheduler = pipe.scheduler
+    """The pipeline's scheduler under the name the common web UIs give it, or its class name."""
+    own = type(pipe.scheduler).__name__
     for class_name, overrides, name in SCHEDULERS.values():
-        if type(scheduler).__name__ == class_name and overrides.items() <= dict(scheduler.config).items():
+        if own == class_name and overrides.items() <= dict(pipe.scheduler.config).items():
             return name
-    return type(scheduler).__name__
+    return own
 
 
 def set_attention_backend(pipe: "DiffusionPipeline", name: str) -> None:
-    """Make the UNet's stock attention use ``"sdpa"``, ``"xformers"``, ``"sliced"`` or a diffusers attention backend."""
+    """Make the UNet's stock attention use `sdpa`, `xformers`, `sliced` or a diffusers attention backend."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     check_attention_backend(name)
@@ -305,34 +297,32 @@ def set_attention_backend(pipe: "DiffusionPipeline", name: str) -> None:
         else:
             raise ValueError(f"{type(pipe.unet).__name__} does not choose its attention by diffusers' backends")
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise ValueError(
-            f"attention backend {name!r} cannot be used here: {one_line(error)}; sdpa, sliced and, where installed, "
-            "xformers can"
-        ) from error
+        others = "sdpa, sliced and, where installed, xformers can"
+        raise ValueError(f"attention backend {name!r} cannot be used here: {one_line(error)}; {others}") from error
 
 
 def check_attention_backend(name: str) -> None:
-    """Raise ValueError if an attention backend needs a package that is missing."""
-    if name == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise ValueError("attention backend 'xformers' needs the package xformers, which is not installed")
+    """ValueError if an attention backend needs a package that is missing."""
+    if name == "xformers":
+        _check_package("attention backend 'xformers'", name)
 
 
 def load_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[Path, float]]) -> None:
-    """Load LoRA files or folders into the pipeline, each with its weight."""
-    for index, (path, _) in enumerate(loras):
+    """Load LoRA files or folders, each with its weight."""
+    names = [f"lora_{index}" for index in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
         file = check_lora(path)
         try:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"lora_{index}")
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         except Exception as error:  # as for models: any kind
             raise ValueError(f"LoRA {path} does not fit the model ({one_line(error)})") from error
     if loras:
-        pipe.set_adapters([f"lora_{index}" for index in range(len(loras))], [weight for _, weight in loras])
+        pipe.set_adapters(names, [weight for _, weight in loras])
 
 
 def check_lora(path: Path) -> Path:
-    """Return the safetensors file of a LoRA given as a file or a folder."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("LoRA needs the package peft, which is not installed")
+    """The safetensors file of a LoRA given as a file or a folder."""
+    _check_package("LoRA", "peft")
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
         raise ValueError(f"LoRA {path} must be a .safetensors file or a folder with exactly one")
@@ -341,13 +331,12 @@ def check_lora(path: Path) -> Path:
 
 
 def fingerprint(model: Path) -> str:
-    """Return ten digits of the SHA-256 of a single file, as the web UIs give it, or of a folder's UNet weights."""
-    weights = [file for file in sorted((model / "unet").glob("*")) if file.suffix in (".safetensors", *PICKLED)]
-    return sha256(*(weights or [model]))[:10]
+    """Ten digits of the SHA-256 of a single file, as the web UIs give it, or of a folder's UNet weights."""
+    return sha256(*(_weights(model / "unet") or [model]))[:10]
 
 
 def sha256(*files: Path) -> str:
-    """Return the SHA-256 of the contents of files, one after another."""
+    """Of the contents of files, one after another."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -357,6 +346,6 @@ def sha256(*files: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, shortened."""
+    """The first line of an exception's message, shortened."""
     text = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split()).rstrip(".:")
     return text if len(text) <= 200 else text[:199] + "…"

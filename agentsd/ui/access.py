@@ -10,17 +10,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-_EXACT = {
-    "/",
-    "/config",
-    "/favicon.ico",
-    "/manifest.json",
-    "/theme.css",
-    *(
-        f"/gradio_api/{name}"
-        for name in ("info", "app_id", "startup-events", "queue/join", "queue/data", "cancel", "reset")
-    ),
-}
+_API = ("info", "app_id", "startup-events", "queue/join", "queue/data", "cancel", "reset")
+_EXACT = {"/", "/config", "/favicon.ico", "/manifest.json", "/theme.css", *(f"/gradio_api/{name}" for name in _API)}
 _BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/", "/gradio_api/run/")
 _FILE = "/gradio_api/file="
 # The page is to take nothing from elsewhere and to tell nothing elsewhere.

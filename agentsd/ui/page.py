@@ -16,6 +16,7 @@ from agentsd.ui.access import Access
 from agentsd.ui.studio import KINDS, Cancelled, Progress, Request, Result, Studio
 
 PROMPT = "a large red circle on the left, a small blue star on the right, on a striped green background"
+RATIO = "Share of the tokens merged away."
 IN_GALLERY = 24
 IN_QUEUE = 8
 _CSS = """
@@ -32,59 +33,35 @@ _CSS = """
 
 def build(studio: Studio) -> gr.Blocks:
     """The page: what to draw on one side, the images and what was measured on the other."""
-    limits = studio.limits
-    models = list(studio.models)
+    limits, models, presets = studio.limits, list(studio.models), list(AgentSDConfig.presets())
     first = Settings(model=models[0])
     running: dict[str, threading.Event] = {}
 
-    def generate(
-        prompt: str,
-        negative: str,
-        model: str,
-        preset: str,
-        ratio: float,
-        steps: int,
-        guidance: float,
-        seed: int,
-        width: int | None,
-        height: int | None,
-        gallery: list[tuple[str, str]],
-        visit: gr.Request,
-    ) -> Iterator[dict[Any, Any]]:
+    def generate(visit: gr.Request, gallery: list[tuple[str, str]], *values: Any) -> Iterator[dict[Any, Any]]:
         session = str(visit.session_hash)
         cancelled = running[session] = threading.Event()
-        yield {status: _waiting("Loading the model …")}
+        yield {status: "<p>Loading the model …</p><progress></progress>"}
         try:
-            request = Request(
-                prompt=prompt,
-                negative_prompt=negative,
-                model=model,
-                preset=preset,
-                ratio=ratio,
-                steps=steps,
-                guidance_scale=guidance,
-                seed=seed,
-                width=width or None,
-                height=height or None,
-            )
+            request = Request(*values)
             for news in studio.draw(request, cancelled):
                 if isinstance(news, Progress):
                     yield {status: _progress(news)}
-                else:
-                    pairs = [
-                        (str(path), f"{kind}, {_short(prompt)}, seed {seed}")
-                        for kind, path in zip(KINDS, news.paths, strict=True)
-                    ]
-                    gallery = [*pairs, *gallery][:IN_GALLERY]
-                    yield {
-                        status: _done(news),
-                        slider: tuple(map(str, news.paths)),
-                        numbers: _numbers(news),
-                        layers: _table(news.report),
-                        parameters: news.parameters,
-                        pictures: gallery,
-                        kept: gallery,
-                    }
+                    continue
+                short = request.prompt if len(request.prompt) <= 60 else request.prompt[:59] + "…"
+                pairs = [
+                    (str(path), f"{kind}, {short}, seed {request.seed}")
+                    for kind, path in zip(KINDS, news.paths, strict=True)
+                ]
+                gallery = [*pairs, *gallery][:IN_GALLERY]
+                yield {
+                    status: _done(news),
+                    slider: tuple(map(str, news.paths)),
+                    numbers: _numbers(news),
+                    layers: _table(news.report),
+                    parameters: news.parameters,
+                    pictures: gallery,
+                    kept: gallery,
+                }
         except Cancelled:
             yield {status: "<p>Cancelled.</p>"}
         except (ValueError, OSError) as error:
@@ -102,30 +79,25 @@ def build(studio: Studio) -> gr.Blocks:
 
     def with_preset(preset: str) -> Any:
         used = AgentSDConfig.from_preset(preset).has("ratio")
-        info = "Share of the tokens merged away." if used else f"Has no effect in preset {preset}."
-        return gr.update(interactive=used, info=info)
+        return gr.update(interactive=used, info=RATIO if used else f"Has no effect in preset {preset}.")
+
+    def with_model(name: str) -> list[float]:
+        settings = Settings(model=name)
+        return [settings.steps, settings.guidance_scale]
 
     with gr.Blocks(title="AgentSD", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# AgentSD\nOne prompt, drawn by stock Stable Diffusion and with accelerated self-attention.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                prompt = gr.Textbox(
-                    PROMPT if models[0] == "demo" else "",
-                    label="Prompt",
-                    lines=3,
-                    max_length=limits.letters,
-                    elem_id="prompt",
-                )
+                example = PROMPT if models[0] == "demo" else ""
+                prompt = gr.Textbox(example, label="Prompt", lines=3, max_length=limits.letters, elem_id="prompt")
                 model = gr.Dropdown(models, value=models[0], label="Model", elem_id="model")
                 with gr.Row():
-                    preset = gr.Dropdown(list(AgentSDConfig.presets()), value="paper", label="Preset", elem_id="preset")
-                    ratio = gr.Slider(
-                        0, 0.9, 0.4, step=0.05, label="Ratio", info="Share of the tokens merged away.", elem_id="ratio"
-                    )
+                    preset = gr.Dropdown(presets, value="paper", label="Preset", elem_id="preset")
+                    ratio = gr.Slider(0, 0.9, 0.4, step=0.05, label="Ratio", info=RATIO, elem_id="ratio")
                 with gr.Row():
-                    steps = gr.Number(
-                        first.steps, precision=0, label="Steps", info=f"At most {limits.steps}.", elem_id="steps"
-                    )
+                    most = f"At most {limits.steps}."
+                    steps = gr.Number(first.steps, precision=0, label="Steps", info=most, elem_id="steps")
                     seed = gr.Number(0, precision=0, label="Seed", info="Of the noise.", elem_id="seed")
                 with gr.Accordion("More", open=False):
                     negative = gr.Textbox("", label="Negative prompt", max_length=limits.letters, elem_id="negative")
@@ -138,63 +110,36 @@ def build(studio: Studio) -> gr.Blocks:
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
                 status = gr.HTML("<p>Ready.</p>", elem_id="status")
             with gr.Column(scale=3, min_width=320):
-                slider = gr.ImageSlider(
-                    label="Stock on the left, accelerated on the right",
-                    type="filepath",
-                    interactive=False,
-                    max_height=640,
-                    elem_id="slider",
-                )
+                sides = "Stock on the left, accelerated on the right"
+                look: dict[str, Any] = {"type": "filepath", "max_height": 640}
+                slider = gr.ImageSlider(label=sides, interactive=False, elem_id="slider", **look)
                 numbers = gr.HTML(elem_id="numbers")
                 with gr.Accordion("What is done in which layer", open=False):
                     layers = gr.HTML("<p>Nothing was drawn yet.</p>", elem_id="layers")
-                parameters = gr.Textbox(
-                    label="Generation parameters",
-                    lines=3,
-                    max_lines=8,
-                    interactive=False,
-                    buttons=["copy"],
-                    elem_id="parameters",
-                )
-        pictures = gr.Gallery(
-            label="Images of this session",
-            columns=6,
-            fit_columns=False,
-            height="auto",
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            elem_id="gallery",
-        )
+                look = {"lines": 3, "max_lines": 8, "buttons": ["copy"]}
+                parameters = gr.Textbox(label="Generation parameters", interactive=False, elem_id="parameters", **look)
+        look = {"columns": 6, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
+        pictures = gr.Gallery(label="Images of this session", interactive=False, elem_id="gallery", **look)
         kept = gr.State([])
 
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         run = go.click(
             generate,
-            [prompt, negative, model, preset, ratio, steps, guidance, seed, width, height, kept],
+            [kept, prompt, negative, model, preset, ratio, steps, guidance, seed, width, height],
             [status, slider, numbers, layers, parameters, pictures, kept],
             show_progress="minimal",
             show_progress_on=status,
             concurrency_limit=1,
             api_visibility="private",
         )
-        stop.click(cancel, None, status, cancels=[run], queue=False, show_progress="hidden", api_visibility="private")
-        preset.change(with_preset, preset, ratio, queue=False, show_progress="hidden", api_visibility="private")
-        model.change(
-            lambda name: [(one := Settings(model=name)).steps, one.guidance_scale],
-            model,
-            [steps, guidance],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        stop.click(cancel, None, status, cancels=[run], **at_once)
+        preset.change(with_preset, preset, ratio, **at_once)
+        model.change(with_model, model, [steps, guidance], **at_once)
     return page.queue(max_size=IN_QUEUE, api_open=False)
 
 
 def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
-    """Start the server in a thread; return the page, which closes it, and the server's address.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """Start the server in a thread; return the page, which closes it, and its address; OSError: the port is taken."""
     from starlette.middleware import Middleware
 
     folder = studio.output.folder.resolve()
@@ -223,14 +168,6 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
         **newer,
     )
     return page, address
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _waiting(text: str) -> str:
-    return f"<p>{escape(text)}</p><progress></progress>"
 
 
 def _progress(news: Progress) -> str:

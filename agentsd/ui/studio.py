@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """What the visitor of the page asks for; None leaves width and height to the model."""
+    """What the visitor asks for, in the order of the page's fields; None leaves width and height to the model."""
 
     prompt: str
     negative_prompt: str
@@ -65,12 +65,8 @@ class Result:
     """The two images, stock and accelerated, and what was measured.
 
     Attributes:
-        paths: of the images.
-        seconds: for each.
         psnr: of the accelerated image to the stock one, in dB.
         parameters: the text that the accelerated image's file carries.
-        report: what is done in which layer.
-        warnings: of agentsd, a sentence each.
         unknown: words of the prompt that the embedded model does not know.
     """
 
@@ -127,11 +123,7 @@ class Studio:
         self._warm: set[tuple[Any, ...]] = set()
 
     def check(self, request: Request) -> AgentSDConfig:
-        """The configuration that is asked for.
-
-        Raises:
-            ValueError: in one sentence, if anything is asked for that is not allowed.
-        """
+        """The configuration that is asked for; ValueError, in one sentence, if something is that is not allowed."""
         if not request.prompt.strip():
             raise ValueError("the prompt is empty: it says what to draw")
         for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
@@ -142,7 +134,7 @@ class Studio:
         checks.whole("seed", request.seed, 0, 2**53)  # the whole numbers that a web page can count
         checks.number("guidance scale", request.guidance_scale, 0, 50)
         for name, side in (("width", request.width), ("height", request.height)):
-            if side is not None:
+            if side:
                 checks.whole(name, side, 8, self.limits.side)
         config = AgentSDConfig.from_preset(request.preset)
         return config.replace(ratio=request.ratio) if config.has("ratio") else config
@@ -184,8 +176,12 @@ class Studio:
         pipe = self._pipe(request.model)
         size = self._size(request, pipe)
 
+        call: dict[str, Any] = {"guidance_scale": request.guidance_scale, "width": size[0], "height": size[1]}
+        if request.negative_prompt:
+            call["negative_prompt"] = [request.negative_prompt]
+
         def run(kind: str, steps: int) -> tuple[Image, float]:
-            def step_ends(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            def step_ends(_: Any, step: int, *__: Any) -> dict[str, Any]:
                 if cancelled.is_set():
                     raise Cancelled
                 news.put(Progress(kind, step + 1, steps))
@@ -193,17 +189,8 @@ class Studio:
 
             news.put(Progress(kind, 0, steps))
             with disabled(pipe) if kind == "stock" else nullcontext():
-                drawn = draw(
-                    pipe,
-                    request.prompt,
-                    request.seed,
-                    negative_prompt=[request.negative_prompt] if request.negative_prompt else None,
-                    num_inference_steps=steps,
-                    guidance_scale=request.guidance_scale,
-                    width=size[0],
-                    height=size[1],
-                    callback_on_step_end=step_ends,
-                )
+                call.update(num_inference_steps=steps, callback_on_step_end=step_ends)
+                drawn = draw(pipe, request.prompt, request.seed, **call)
             return drawn.images[0], drawn.seconds
 
         key = (request.model, size, json.dumps(config.to_dict()))
