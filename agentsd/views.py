@@ -1,6 +1,7 @@
 """Pictures of what the acceleration does in one layer and one step, drawn over the image that comes out."""
 
 import colorsys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from agentsd import checks
 from agentsd.api import is_applied
 from agentsd.describe import describe
 from agentsd.drawing import draw
 from agentsd.hosts.diffusers_unet import AgentSDProcessor, find_layers, networks
-from agentsd.layer import BlockState
 from agentsd.ops.merging import TokenMap
 from agentsd.planning import LayerPlan
 
@@ -22,33 +23,6 @@ _SIDE = 512
 _ROWS, _COLUMNS = 3, 4
 # Black to yellow over violet and orange, equal steps in lightness.
 _HEAT = ((0, 0, 0), (61, 10, 92), (145, 35, 104), (216, 76, 62), (249, 157, 15), (252, 250, 150))
-
-
-@dataclass(frozen=True)
-class Aggregation:
-    """What the softmax of a layer is taken of, for the conditional half of the batch, before the scores are summed.
-
-    Attributes:
-        query: what looks, H×n×d, one row for each destination.
-        key: what is looked at, H×m×d.
-        bias: added to the scores; with one row for all, or one for each agent.
-        scale: of the scores.
-        keys: group of keys of each token, N int64; None where no keys are merged.
-    """
-
-    query: Tensor
-    key: Tensor
-    bias: Tensor | None
-    scale: float
-    keys: Tensor | None
-
-    def weights(self, row: int) -> Tensor:
-        """What one row attends to, mean over the heads: N weights of sum 1. Tokens of a group share its weight."""
-        scores = (self.query[:, row : row + 1] @ self.key.mT) * self.scale
-        if self.bias is not None:
-            scores = scores + (self.bias[:, row : row + 1] if self.bias.shape[1] > 1 else self.bias)
-        weights = scores.softmax(dim=-1).mean(dim=(0, 1))
-        return weights if self.keys is None else (weights / self.keys.bincount())[self.keys]
 
 
 @dataclass(frozen=True)
@@ -64,7 +38,7 @@ class View:
         destination_tokens: row-major token indices of the n destinations, int64.
         index: group of each token, N int64. Group i < n is that of destination i, in `agent` and `kv` the tokens for
             which agent i stands; each token that is not merged is a group after them.
-        aggregation: what the attention maps are computed from.
+        weights: what a destination attends to, of its number, mean over the heads: N weights of sum 1.
     """
 
     image: Image.Image
@@ -74,7 +48,7 @@ class View:
     grid: tuple[int, int]
     destination_tokens: Tensor
     index: Tensor
-    aggregation: Aggregation
+    weights: Callable[[int], Tensor]
 
     def attention_map(self, agent: int) -> Tensor:
         """What one agent attends to, height×width weights of sum 1, mean over the heads.
@@ -86,11 +60,8 @@ class View:
         Raises:
             ValueError: there is no such agent.
         """
-        if not 0 <= agent < len(self.destination_tokens):
-            raise ValueError(
-                f"agent is {agent!r}; it must be a whole number from 0 to {len(self.destination_tokens) - 1}"
-            )
-        return self.aggregation.weights(agent).view(self.grid)
+        checks.whole("agent", agent, 0, len(self.destination_tokens) - 1)
+        return self.weights(agent).view(self.grid)
 
     def nearest(self, x: float, y: float) -> int:
         """The number of the destination that is nearest to the point (x, y) of the image, in pixels."""
@@ -123,10 +94,8 @@ class View:
         merged = (sizes > 1)[group]
         out = np.where(merged[..., None], 0.35 * image + 0.65 * palette[group], image)
         edge = np.zeros(group.shape, dtype=bool)
-        for axis in (0, 1):
-            differs = np.diff(group, axis=axis) != 0
-            after = (slice(1, None), slice(None))[:: 1 if axis == 0 else -1]
-            edge[after] |= differs
+        edge[1:] |= group[1:] != group[:-1]
+        edge[:, 1:] |= group[:, 1:] != group[:, :-1]
         out[edge & merged] *= 0.4
         return Image.fromarray(out.astype(np.uint8))
 
@@ -169,13 +138,10 @@ class View:
         return self._zoomed().point(lambda value: int(value * share))
 
     def _box(self, token: int, picture: Image.Image) -> tuple[int, int, int, int]:
-        (height, width), (row, column) = self.grid, divmod(token, self.grid[1])
-        return (
-            column * picture.width // width,
-            row * picture.height // height,
-            (column + 1) * picture.width // width - 1,
-            (row + 1) * picture.height // height - 1,
-        )
+        row, column = divmod(token, self.grid[1])
+        left, right = (number * picture.width // self.grid[1] for number in (column, column + 1))
+        top, bottom = (number * picture.height // self.grid[0] for number in (row, row + 1))
+        return left, top, right - 1, bottom - 1
 
 
 def colour(number: int) -> tuple[int, int, int]:
@@ -190,22 +156,20 @@ class _Watch:
 
     Attributes:
         ran: whether the layer was computed in that step.
-        plan: what was done in it; None if it was unmodified.
-        groups: which are shown.
-        keys: groups that share a key.
+        seen: what was done in it, its destinations and groups; None if it was unmodified.
+        weights: of `View`; None if the processor that is wrapped computes its softmax by itself.
     """
 
     def __init__(self, pipe: Any, step: int) -> None:
         self.pipe = pipe
         self.step = step
         self.ran = False
-        self.plan: LayerPlan | None = None
-        self.groups: TokenMap | None = None
-        self.keys: TokenMap | None = None
+        self.seen: tuple[LayerPlan, Tensor, TokenMap] | None = None
+        self.weights: Callable[[int], Tensor] | None = None
+        self._keys: TokenMap | None = None  # groups that share a key
         self._now = 0
-        self._softmax: tuple[Tensor, Tensor, Tensor | None, float] | None = None
 
-    def step_ends(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def step_ends(self, pipe: Any, step: int, *_: Any) -> dict[str, Any]:
         """`callback_on_step_end` of the pipeline."""
         self._now = step + 1
         return {}
@@ -216,47 +180,56 @@ class _Watch:
             raise ValueError(f"step is {self.step}; it must be from 0 to {self.pipe.num_timesteps - 1} in this run")
         if self._now != self.step:
             return
-        self.ran, self.plan = True, None
-        processor = attn.processor
-        plan = processor.state.plan(args[0]) if isinstance(processor, AgentSDProcessor) else None
-        if plan and plan.attention:
-            self.plan, self._softmax = plan, None
-            self.groups, self.keys = _groups(processor.state, plan)
+        self.ran, self.seen, self.weights = True, None, None
+        if not isinstance(processor := attn.processor, AgentSDProcessor):
+            return
+        state, plan = processor.state, processor.state.plan(args[0])
+        if plan and plan.attention and plan.destinations is not None:
+            if plan.attention == "kv":
+                self._keys = groups = state.token_map(plan, plan.tokens - plan.keys)
+            else:
+                self._keys = state.merged(plan)
+                groups = state.token_map(plan, plan.tokens - plan.agents if plan.agents else plan.merged)
+            self.seen = plan, plan.destinations, groups
             self._attend, processor.attend = processor.attend, self.record
 
     def record(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
     ) -> Tensor:
         """The layer's softmax attention; of the two of agent attention the first is remembered."""
-        if self._softmax is None:
+        if self.seen and self.weights is None:
+            plan, destinations, _ = self.seen
+            rows = destinations if plan.attention == "kv" else slice(len(destinations))
             bias = None if attn_mask is None else attn_mask[-1]
-            self._softmax = query[-1], key[-1], bias, query.shape[-1] ** -0.5 if scale is None else scale
+            used = query.shape[-1] ** -0.5 if scale is None else scale
+            self.weights = _weights(query[-1][:, rows], key[-1], bias, used, self._keys)
         return self._attend(query, key, value, attn_mask, scale=scale)
 
     def after(self, attn: Any, args: tuple[Any, ...], out: Tensor) -> None:
         """Forward hook of the layer."""
-        if self._now == self.step and self.plan:
+        if self._now == self.step and self.seen:
             attn.processor.attend = self._attend
 
-    def aggregation(self, destination_tokens: Tensor) -> Aggregation | None:
-        """What was recorded; None if the processor that is wrapped computes its softmax by itself."""
-        if self._softmax is None or self.plan is None:
-            return None
-        query, key, bias, scale = self._softmax
-        rows = destination_tokens if self.plan.attention == "kv" else slice(len(destination_tokens))
-        exact = torch.promote_types(query.dtype, torch.float32)
-        query, key = (tensor.detach().to("cpu", exact) for tensor in (query[:, rows], key))
-        bias = None if bias is None else bias.detach().to("cpu", exact)
-        return Aggregation(query, key, bias, scale, None if self.keys is None else self.keys.index[-1].cpu())
 
+def _weights(
+    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, keys: TokenMap | None
+) -> Callable[[int], Tensor]:
+    """What one row of H×n×d queries attends to among H×m×d keys; tokens of a group of keys share its weight.
 
-def _groups(state: BlockState, plan: LayerPlan) -> tuple[TokenMap, TokenMap | None]:
-    """The groups that are shown, and those that share a key."""
-    if plan.attention == "kv":
-        groups = state.token_map(plan, plan.tokens - plan.keys)
-        return groups, groups
-    merged = state.merged(plan)
-    return state.token_map(plan, plan.tokens - plan.agents if plan.agents else plan.merged), merged
+    The bias, of one row for all or one for each, is added to the scores.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)
+    query, key = (tensor.detach().to("cpu", exact) for tensor in (query, key))
+    added = torch.zeros(1, 1, 1, dtype=exact) if bias is None else bias.detach().to("cpu", exact)
+    index = None if keys is None else keys.index[-1].cpu()
+
+    def weights(row: int) -> Tensor:
+        one = slice(row, row + 1)
+        scores = query[:, one] @ key.mT * scale + (added if added.shape[1] == 1 else added[:, one])
+        shares = scores.softmax(dim=-1).mean(dim=(0, 1))
+        return shares if index is None else (shares / index.bincount())[index]
+
+    return weights
 
 
 def _layers(pipe: Any) -> dict[str, Any]:
@@ -296,8 +269,7 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
     """
     if not is_applied(pipe):
         raise ValueError("the pipeline is not accelerated; agentsd.apply(pipe) comes first")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step is {step!r}; it must be a whole number from 0")
+    checks.whole("step", step, 0)
     if not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}; it must be one text")
     layers = _layers(pipe)
@@ -309,33 +281,26 @@ def visualize(pipe: Any, prompt: str, step: int, layer: str | int, *, seed: int 
         )
     name = layer if isinstance(layer, str) else names[layer]
     watch = _Watch(pipe, step)
-    handles = [
-        layers[name].register_forward_pre_hook(watch.before),
-        layers[name].register_forward_hook(watch.after, always_call=True),
-    ]
-    try:
-        # Hooks would have a compiled model compiled again.
-        with torch.compiler.set_stance("force_eager"):
-            image = draw(pipe, prompt, seed, callback_on_step_end=watch.step_ends, **call).images[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    before = layers[name].register_forward_pre_hook(watch.before)
+    after = layers[name].register_forward_hook(watch.after, always_call=True)
+    # Hooks would have a compiled model compiled again.
+    with before, after, torch.compiler.set_stance("force_eager"):
+        image = draw(pipe, prompt, seed, callback_on_step_end=watch.step_ends, **call).images[0]
     if not watch.ran:
         raise ValueError(f"layer {name} is not computed in step {step}")
-    plan, groups = watch.plan, watch.groups
-    if plan is None or groups is None or plan.destinations is None:
+    if watch.seen is None:
         raise ValueError(f"layer {name} is unmodified in step {step}: there is nothing to see")
-    aggregation = watch.aggregation(plan.destinations)
-    if aggregation is None:
+    if watch.weights is None:
         inner = type(layers[name].processor.inner).__name__
         raise ValueError(f"layer {name} computes its attention by {inner} in step {step}, which does not show it")
+    plan, destinations, groups = watch.seen
     return View(
         image=image,
         layer=name,
         step=step,
         attention=str(plan.attention),
         grid=plan.grid,
-        destination_tokens=plan.destinations.cpu(),
+        destination_tokens=destinations.cpu(),
         index=groups.index[-1].cpu(),
-        aggregation=aggregation,
+        weights=watch.weights,
     )
