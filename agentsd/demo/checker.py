@@ -65,6 +65,12 @@ class AttributeChecker(nn.Module):
         return model.float().eval()
 
 
+def _rights(asked: Thing, seen: Thing) -> dict[str, bool]:
+    """For each attribute that is asked for, whether it is right."""
+    wanted = {name: value for name in ATTRIBUTES[:4] if (value := getattr(asked, name)) is not None}
+    return {name: getattr(seen, name) == value for name, value in wanted.items()}
+
+
 def score(asked: Scene, seen: Scene) -> dict[str, list[bool]]:
     """Compare what a prompt asks for with what a picture shows.
 
@@ -77,15 +83,10 @@ def score(asked: Scene, seen: Scene) -> dict[str, list[bool]]:
     result: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     left = list(seen.things)
     for thing in sorted(asked.things, key=lambda thing: thing.place is None):
-        wanted = {name: value for name in ATTRIBUTES[:4] if (value := getattr(thing, name)) is not None}
-
-        def rights(other: Thing, wanted: dict[str, str] = wanted) -> dict[str, bool]:
-            return {name: getattr(other, name) == value for name, value in wanted.items()}
-
-        match = max(left, key=lambda other: sum(rights(other).values()), default=Thing())
+        match = max(left, key=lambda other: sum(_rights(thing, other).values()), default=Thing())
         if match in left:
             left.remove(match)
-        for name, right in rights(match).items():
+        for name, right in _rights(thing, match).items():
             result[name].append(right)
     if asked.colour:
         result["background"].append(seen.colour == asked.colour)

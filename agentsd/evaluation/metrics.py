@@ -155,15 +155,12 @@ def median(values: Sequence[float] | Array, counts: Counts) -> Estimate:
 
 def pair_distances(name: str, images: Tensor, stock: Tensor) -> Tensor:
     """PSNR in dB (infinite for equal pictures), SSIM or MS-SSIM of B×3×H×W bytes, by torchmetrics: B values."""
-    from torchmetrics.functional.image import (
-        multiscale_structural_similarity_index_measure,
-        peak_signal_noise_ratio,
-        structural_similarity_index_measure,
-    )
+    from torchmetrics.functional import image as measures
 
     options: dict[str, Any] = {"data_range": 1.0, "reduction": "none"}
     first, second = images.float() / 255, stock.float() / 255
     if name == "psnr":
-        return peak_signal_noise_ratio(first, second, **options, dim=(1, 2, 3))
-    measure = {"ssim": structural_similarity_index_measure, "ms-ssim": multiscale_structural_similarity_index_measure}
-    return measure[name](first, second, **options).reshape(-1)
+        return measures.peak_signal_noise_ratio(first, second, **options, dim=(1, 2, 3))
+    ssim = measures.structural_similarity_index_measure
+    measure = ssim if name == "ssim" else measures.multiscale_structural_similarity_index_measure
+    return measure(first, second, **options).reshape(-1)

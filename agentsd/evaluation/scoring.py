@@ -74,11 +74,7 @@ def score(
         scores = {key: described(estimates[key], base.get(key)) for key in keys}
         pictures = _most_different(closeness[name], number)
         rows.append({"method": name, "images": number, "scores": scores, "pictures": pictures})
-    return {
-        "columns": [asdict(column) for column in shown],
-        "methods": rows,
-        "networks": {network.name: network.sha256 for network in scorer.networks},
-    }
+    return {"columns": [asdict(column) for column in shown], "methods": rows}
 
 
 def _distances(
