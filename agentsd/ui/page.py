@@ -146,26 +146,21 @@ def serve(studio: Studio, host: str, port: int) -> tuple[gr.Blocks, str]:
     # gradio keeps copies of what it shows; they are to lie in the only folder that is served.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
     page = build(studio)
-    # Not in every gradio 6.
-    newer = {"run_history": False} if "run_history" in inspect.signature(page.launch).parameters else {}
+    # Not every gradio 6 has the last of them.
+    off = ("share", "inbrowser", "ssr_mode", "mcp_server", "pwa", "enable_monitoring", "run_history")
+    known = inspect.signature(page.launch).parameters
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
-        share=False,
-        inbrowser=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        enable_monitoring=False,
         footer_links=[],
         max_file_size=1,
         allowed_paths=[str(folder)],
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         app_kwargs={"middleware": [Middleware(Access, folder=folder)]},
-        **newer,
+        **{name: False for name in off if name in known},
     )
     return page, address
 
