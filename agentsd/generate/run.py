@@ -71,20 +71,13 @@ class Run:
         for number, (batch, label) in enumerate(zip(batches, _labels(batches), strict=True)):
             order = KINDS if number % 2 == 0 else KINDS[::-1]
             drawn = {kind: self._draw(batch, f"{label}, {kind}", kind) for kind in order}
-            (stock, before), (accelerated, after) = (drawn[kind] for kind in KINDS)
             for index in batch.wanted:
-                yield self._compared(batch, index, stock[index], accelerated[index], (before, after), how)
+                yield self._compared(batch, index, drawn, how)
 
     def _compared(
-        self,
-        batch: Batch,
-        index: int,
-        stock: Image.Image,
-        accelerated: Image.Image,
-        seconds: tuple[float, float],
-        how: str,
+        self, batch: Batch, index: int, drawn: dict[str, tuple[list[Image.Image], float]], how: str
     ) -> Written:
-        before, after = seconds
+        (stock, before), (accelerated, after) = ((drawn[kind][0][index], drawn[kind][1]) for kind in KINDS)
         decibels = psnr(accelerated, stock)
         closeness = "identical" if decibels == math.inf else f"PSNR {decibels:.1f} dB"
         speed = f"{before / after:.2f}x"
