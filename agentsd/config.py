@@ -278,7 +278,8 @@ class AgentSDConfig:
             ValueError: a key names no field, or none that has an effect; a value is not allowed.
         """
         plain = self.to_dict()
-        for key, value in values.items():
+        # Attentions first: a field that the attention does not have is an error, whatever the order.
+        for key, value in sorted(values.items(), key=lambda item: not item[0].endswith("attention")):
             path = key.split("/")
             if key in plain:
                 plain[key] = value

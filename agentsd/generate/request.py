@@ -160,11 +160,7 @@ def _config(settings: Settings, given: dict[str, Any], recorded: Recorded) -> Ag
         return None
     else:
         config = recorded.config or AgentSDConfig.from_preset("paper")
-    values = _assignments(settings.set)
-    config = config.assign(values)
-    # An attention that was assigned after a field may not have it: the same error as before it.
-    config.assign({key: value for key, value in values.items() if not key.endswith("attention")})
-    return config
+    return config.assign(_assignments(settings.set))
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:

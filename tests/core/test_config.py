@@ -172,6 +172,8 @@ def test_a_bare_key_is_set_in_every_phase_that_has_it_or_refused(config: AgentSD
     ("assigned", "message"),
     [
         ({"kv_ratio": 0.5}, "kv_ratio=0.5 has no effect"),
+        ({"ratio": 0.3, "attention": "kv"}, "ratio=0.3 has no effect"),
+        ({"attention": "kv", "ratio": 0.3}, "ratio=0.3 has no effect"),
         ({"0/proportional": True}, "proportional"),
         ({"rato": 0.4}, "rato"),
         ({"2/stride": 4}, "2/stride"),
