@@ -15,7 +15,8 @@ import fetch_emoji  # noqa: E402
 import optim  # noqa: E402
 import scenes  # noqa: E402
 from loop import Run, fit  # noqa: E402
-from networks import LENGTH, make_tokenizer  # noqa: E402
+from networks import LENGTH, make_tokenizer, make_unet  # noqa: E402
+from sample import self_attentions, zeroed  # noqa: E402
 
 
 @pytest.fixture
@@ -160,9 +161,8 @@ def test_a_resumed_training_is_bit_identical(tmp_path: Path) -> None:
 
 def test_muon_steps_are_semi_orthogonal() -> None:
     for shape in ((16, 48), (48, 16)):
-        values = torch.linalg.svdvals(
-            optim.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-        )
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        values = torch.linalg.svdvals(optim.orthogonalize(matrix).float())
         assert 0.5 < values.min() <= values.max() < 1.3
 
 
@@ -171,3 +171,15 @@ def test_first_and_last_layers_and_biases_are_left_to_adamw() -> None:
     groups = {group["matrices"]: group["params"] for group in optim.groups(module)}
     assert [id(p) for p in groups[True]] == [id(module["hidden"].weight)]
     assert len(groups[False]) == 3
+
+
+def test_every_grid_has_self_attention_that_can_be_set_to_zero() -> None:
+    unet = make_unet((32, 32, 32, 32), (1, 1, 1, 1))
+    levels = self_attentions(unet)
+    assert {level: len(named) for level, named in levels.items()} == {0: 3, 1: 3, 2: 3, 3: 1}
+    call = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 3, 128)
+    with torch.no_grad():
+        stock = unet(*call).sample
+        with zeroed([module for _, module in levels[0]]):
+            assert not torch.allclose(unet(*call).sample, stock)
+        assert torch.equal(unet(*call).sample, stock)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -15,8 +16,8 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     X = X / (X.norm() + 1e-7)
     for _ in range(iterations):
         A = X @ X.T
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.T if tall else X).to(matrix.dtype)
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.T if tall else X
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,22 +41,37 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter; each process of several orthogonalizes its share of the matrices."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        matrices: list[tuple[Tensor, float]] = []
+        updates: list[Tensor] = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    (self._muon if group["matrices"] else self._adamw)(parameter, group)
+                if parameter.grad is None:
+                    continue
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if not group["matrices"]:
+                    self._adamw(parameter, group)
+                    continue
+                direction = self._momentum(parameter, group)
+                mine = len(updates) % world == rank
+                updates.append(orthogonalize(direction) if mine else torch.zeros_like(direction, dtype=torch.bfloat16))
+                matrices.append((parameter, group["lr"] * 0.2 * max(direction.shape) ** 0.5))
+        if world > 1 and updates:
+            flat = torch.cat([update.flatten() for update in updates])
+            dist.all_reduce(flat)
+            updates = list(flat.split([update.numel() for update in updates]))
+        for (parameter, rate), update in zip(matrices, updates, strict=True):
+            parameter.add_(update.view_as(parameter), alpha=-rate)
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov's direction, as a matrix."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        nesterov = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-        update = orthogonalize(nesterov)
-        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+        return gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
 
     def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad
