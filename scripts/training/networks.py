@@ -10,8 +10,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 32
 WIDTH = 128
-CHANNELS = (64, 96, 160, 160)
-HEADS = (1, 2, 5, 5)
+CHANNELS = (64, 96, 160)
+HEADS = (1, 2, 5)
+LAYERS = (1, 1, 2)
 
 
 def scheduler() -> DDIMScheduler:
@@ -86,16 +87,22 @@ def make_vae(width: int = 64) -> AutoencoderTiny:
     )
 
 
-def make_unet(channels: tuple[int, ...] = CHANNELS, heads: tuple[int, ...] = HEADS) -> UNet2DConditionModel:
-    """Self- and cross-attention on every grid, from the latents' own down to an eighth of it; one resnet a block."""
+def make_unet(
+    channels: tuple[int, ...] = CHANNELS, heads: tuple[int, ...] = HEADS, layers: tuple[int, ...] = LAYERS
+) -> UNet2DConditionModel:
+    """Self- and cross-attention on every grid, from the latents' own down to a quarter of it; one resnet a block.
+
+    There is no coarser grid on which convolutions alone would reach over the whole picture.
+    """
     levels = len(channels)
     return UNet2DConditionModel(
         sample_size=64,
         block_out_channels=channels,
         layers_per_block=1,
-        down_block_types=(*("CrossAttnDownBlock2D",) * (levels - 1), "DownBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (levels - 1)),
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
         attention_head_dim=heads,
         cross_attention_dim=WIDTH,
+        transformer_layers_per_block=layers,
     )
