@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-TRAINING = Path(__file__).resolve().parents[1] / "scripts" / "training"
+TRAINING = Path(__file__).resolve().parents[2] / "scripts" / "training"
 sys.path.insert(0, str(TRAINING))
 
 import fetch_emoji  # noqa: E402
