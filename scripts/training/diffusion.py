@@ -112,12 +112,21 @@ def load_vae(run: Run) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(run.folder / "model" / "vae").to(run.device).eval().requires_grad_(False)
 
 
-def train(run: Run, stage: Stage, previous: Stage | None, seed: int = 0, limit_seconds: float = float("inf")) -> None:
+def train(
+    run: Run,
+    stage: Stage,
+    previous: Stage | None,
+    seed: int = 0,
+    limit_seconds: float = float("inf"),
+    compiled: bool = False,
+) -> None:
     """Train on one grid, beginning with the moving average of the stage before."""
     torch.manual_seed(seed)
     task = DiffusionTask(make_unet(), CLIPTextModel.from_pretrained(run.folder / "text_encoder"))
     if previous is not None:
         task.load_state_dict(average(run, previous))
+    if compiled:
+        task.unet.compile(dynamic=False)
     data = Data(run, stage, load_vae(run), text.tokenizer(run), seed)
     fit(
         run,

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import scenes
+import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 32
@@ -92,10 +94,11 @@ def make_unet(
 ) -> UNet2DConditionModel:
     """Self- and cross-attention on every grid, from the latents' own down to a quarter of it; one resnet a block.
 
-    There is no coarser grid on which convolutions alone would reach over the whole picture.
+    There is no coarser grid on which convolutions alone would reach over the whole picture, and below the finest grid
+    every second convolution sees one cell only: what lies further away comes by attention.
     """
     levels = len(channels)
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=channels,
         layers_per_block=1,
@@ -106,3 +109,16 @@ def make_unet(
         cross_attention_dim=WIDTH,
         transformer_layers_per_block=layers,
     )
+    for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
+        for resnet in block.resnets:
+            narrow(resnet.conv2.weight)
+    return unet
+
+
+@torch.no_grad()
+def narrow(kernel: nn.Parameter) -> None:
+    """Set all taps of a 3×3 convolution but the central one to zero, and keep them there: their gradient is zero."""
+    mask = torch.zeros(3, 3)
+    mask[1, 1] = 1
+    kernel.mul_(mask)
+    kernel.register_hook(lambda gradient: gradient * mask.to(gradient.device))

@@ -183,3 +183,14 @@ def test_every_grid_has_self_attention_that_can_be_set_to_zero() -> None:
         with zeroed([module for _, module in levels[0]]):
             assert not torch.allclose(unet(*call).sample, stock)
         assert torch.equal(unet(*call).sample, stock)
+
+
+def test_second_convolutions_below_the_finest_grid_see_one_cell_and_stay_so() -> None:
+    unet = make_unet((32, 32, 32), (1, 1, 1), (1, 1, 1))
+    optimizer = optim.Muon(optim.groups(unet), lr=0.1)
+    unet(torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 3, 128)).sample.square().mean().backward()
+    optimizer.step()
+    narrow = unet.mid_block.resnets[0].conv2.weight.detach()
+    assert narrow[:, :, 1, 1].abs().min() > 0
+    assert narrow.abs().sum() == pytest.approx(narrow[:, :, 1, 1].abs().sum().item(), rel=1e-5)
+    assert unet.down_blocks[0].resnets[0].conv2.weight[:, :, 0, 0].abs().min() > 0
